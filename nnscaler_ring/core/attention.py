@@ -1,0 +1,102 @@
+"""What every public attention function does: check, resolve, call the op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from nnscaler_ring.core import checks
+from nnscaler_ring.core.agreement import refusing_together
+from nnscaler_ring.core.groups import ALONE, find_place, group_string
+from nnscaler_ring.core.layout import LAYOUTS
+from nnscaler_ring.core.ops import Options, attention_op
+
+if TYPE_CHECKING:
+    from nnscaler_ring.core.groups import ProcessGroupLike
+
+
+def context_parallel_attention(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    process_group: ProcessGroupLike | None,
+    return_lse: bool,
+    shard_lens: Sequence[int] | None,
+    shard_lens_k: Sequence[int] | None = None,
+    exchange: str,
+    kernel: str,
+    deterministic: bool,
+    return_attn_probs: bool,
+    dropout_p: float,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    softcap: float,
+    sinks: Tensor | None,
+    dropout_seed: int | None,
+    caller_layout: str = "contiguous",
+    q_layout: str = "contiguous",
+    packed: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention over a sequence that is sharded over the ranks of a group.
+
+    The public functions document the arguments; beside those it takes the public function's name
+    and the layouts: the caller holds q, k and v in `caller_layout`; queries are computed in
+    `q_layout`, keys stay where they are. Both are names in `LAYOUTS`.
+    """
+    group = group_string(process_group)
+    with refusing_together(group, op):
+        checks.refuse_options(
+            dropout_p=dropout_p,
+            alibi_slopes=alibi_slopes,
+            bias=bias,
+            softcap=softcap,
+            sinks=sinks,
+            dropout_seed=dropout_seed,
+        )
+        checks.check_choices(
+            exchange=exchange,
+            kernel=kernel,
+            deterministic=deterministic,
+            return_lse=return_lse,
+            return_attn_probs=return_attn_probs,
+        )
+        checks.check_qkv(q, k, v, packed=packed)
+        mask = checks.check_mask(causal, window_size)
+        scale = checks.check_scale(softmax_scale, q.shape[-1])
+        if packed:
+            checks.check_cu_seqlens_tensors(cu_seqlens_q, cu_seqlens_k)
+        compute_len = q.shape[-3]
+        if shard_lens is not None or shard_lens_k is not None:
+            place = find_place(group)
+            shard_lens = checks.check_shard_lens("shard_lens", shard_lens, place.world_size)
+            shard_lens_k = checks.check_shard_lens("shard_lens_k", shard_lens_k, place.world_size)
+            if shard_lens is not None:
+                compute_len = LAYOUTS[q_layout].for_shards(shard_lens).shard_lens[place.block]
+    options = Options(
+        op=op,
+        group=group,
+        shard_lens=shard_lens,
+        shard_lens_k=shard_lens_k,
+        caller_layout=caller_layout,
+        # One device holds every layout in the same order, so nothing has to move.
+        q_layout=caller_layout if group == ALONE else q_layout,
+        k_layout=caller_layout,
+        compute_len=compute_len,
+        softmax_scale=scale,
+        left=mask.left,
+        right=mask.right,
+        exchange=exchange,
+        kernel=kernel,
+        deterministic=deterministic,
+    )
+    out, softmax_lse, *_ = attention_op(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+    return (out, softmax_lse) if return_lse else out

@@ -1,0 +1,423 @@
+"""How keys and values travel, and how their gradients come home. Overlap lives here alone.
+
+Three exchanges with one contract. `steps` yields keys with the tiles that read them and posts the
+next transfer before it yields; a step is computed while the next one is under way. In a gradient
+step the caller adds dK and dV of the step's keys to `step.dk` and `step.dv`, and the exchange
+carries them to the rank that owns the rows.
+
+Note [Memory is set by the message]
+    The direct exchange cuts what a rank reads from another into messages of about
+    `KEYS_PER_MESSAGE` keys, each with its own tiles. A message's keys, the next message's, and the
+    gradients of the last one are alive at a time: a few messages, however many ranks there are.
+    The number of parts is the same on all ranks, so halves and wholes stay in step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nnscaler_ring.core.online_softmax import accumulation_dtype
+from nnscaler_ring.core.row_sum import RowSum
+from nnscaler_ring.core.schedule import Rows, Schedule, Step, message_steps, row_count
+from nnscaler_ring.core.tile import Tile
+from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
+
+KEYS_PER_MESSAGE = 2048
+"""Tokens of the longest shard per message; see Note [Memory is set by the message]."""
+
+
+class Keys(NamedTuple):
+    """Keys and values [batch, keys, num_kv_heads, head_dim] at hand, and the tiles that read them."""
+
+    k: Tensor
+    v: Tensor
+    tiles: Sequence[Tile]
+
+
+class GradientStep(NamedTuple):
+    """The same in the backward pass, with the sums that take the gradients of these keys."""
+
+    k: Tensor
+    v: Tensor
+    tiles: Sequence[Tile]
+    dk: RowSum
+    dv: RowSum
+
+
+class Sent(NamedTuple):
+    """What one rank sends in one call, in units of rows: a row of K together with its row of V.
+
+    `summed_gradient_rows` travel in the accumulation dtype, the others in the dtype of the input.
+    """
+
+    kv_rows: int
+    gradient_rows: int
+    summed_gradient_rows: int
+
+
+class KVExchange(Protocol):
+    """One rank's part of an exchange, for one call."""
+
+    def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
+        """The steps of a forward pass; k and v are this rank's rows."""
+        ...
+
+    def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
+        """The steps of a backward pass."""
+        ...
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """(dk, dv) of this rank's rows, once `gradient_steps` is exhausted."""
+        ...
+
+
+class ExchangePlan(Protocol):
+    """An exchange before the call: a pure function of the schedule and the rank."""
+
+    def start(self, transport: Transport) -> KVExchange:
+        """The exchange for one call."""
+        ...
+
+    def sent(self) -> Sent:
+        """What this rank will send: the prediction that the counted bytes must meet."""
+        ...
+
+
+class _Home:
+    """Sums of dK and dV for the rows that this rank owns."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.dk, self.dv = RowSum(k), RowSum(v)
+
+    def add_(self, rows: Rows, dk: Tensor, dv: Tensor) -> None:
+        """Add gradients of runs of rows that lie one after another in dk and dv."""
+        offset = 0
+        for start, stop in rows:
+            piece = slice(offset, offset + stop - start)
+            self.dk.add_(slice(start, stop), dk[:, piece])
+            self.dv.add_(slice(start, stop), dv[:, piece])
+            offset += stop - start
+
+    def step(self, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> GradientStep:
+        """The local step: its gradients are at home already."""
+        return GradientStep(k, v, tiles, self.dk, self.dv)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One message in and one out: the step it brings, and the step it makes possible elsewhere."""
+
+    incoming: Step
+    target: int
+    outgoing: Step
+
+
+class DirectPlan:
+    """At step s, rank r receives from r - s and sends to r + s, only the rows that are read.
+
+    Each step is a permutation, so no link carries two messages. Bytes: the mask's lower bound.
+    Memory: O(tokens / ranks), mostly a few messages.
+    """
+
+    def __init__(
+        self, schedule: Schedule, rank: int, keys_per_message: int = KEYS_PER_MESSAGE
+    ) -> None:
+        ranks = schedule.world_size
+        parts = max(1, max(schedule.k_lens) // keys_per_message)
+        self.local = tuple(schedule.tiles(rank, (rank,)))
+        self.rounds: list[Round] = []
+        for distance in range(1, ranks):
+            source, target = (rank - distance) % ranks, (rank + distance) % ranks
+            incoming = message_steps(schedule, rank, source, parts)
+            outgoing = message_steps(schedule, target, rank, parts)
+            for step_in, step_out in zip(incoming, outgoing, strict=True):
+                if step_in.rows or step_out.rows:
+                    self.rounds.append(Round(step_in, target, step_out))
+
+    def start(self, transport: Transport) -> KVExchange:
+        return _Direct(self, transport)
+
+    def sent(self) -> Sent:
+        incoming = [round_.incoming for round_ in self.rounds]
+        return Sent(
+            sum(row_count(round_.outgoing.rows) for round_ in self.rounds),
+            sum(row_count(step.rows) for step in incoming if not step.summed),
+            sum(row_count(step.rows) for step in incoming if step.summed),
+        )
+
+
+class _Direct:
+    def __init__(self, plan: DirectPlan, transport: Transport) -> None:
+        self._plan = plan
+        self._transport = transport
+
+    def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
+        for keys, tiles, _ in self._arrivals("forward_kv", k, v):
+            yield Keys(*keys, tiles)
+
+    def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
+        self._home = _Home(k, v)
+        homebound: _Homebound | None = None
+        for keys, tiles, round_ in self._arrivals("backward_kv", k, v):
+            if round_ is None:
+                yield self._home.step(*keys, tiles)
+                continue
+            step = GradientStep(*keys, tiles, RowSum(keys[0]), RowSum(keys[1]))
+            yield step
+            last, homebound = homebound, self._send_home(round_, step, k, v)
+            del step, keys
+            if last:
+                last.settle(self._home)
+        if homebound:
+            homebound.settle(self._home)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        return self._home.dk.current(), self._home.dv.current()
+
+    def _arrivals(
+        self, kind: Kind, k: Tensor, v: Tensor
+    ) -> Iterator[tuple[tuple[Tensor, Tensor], Sequence[Tile], Round | None]]:
+        """The local keys, then every round's, each yielded while the next is under way."""
+        rounds = self._plan.rounds
+        under_way = self._post(kind, rounds[0], k, v) if rounds else None
+        yield (k, v), self._plan.local, None
+        for n, round_ in enumerate(rounds):
+            assert under_way is not None
+            transfer, buffer = under_way
+            transfer.wait()
+            under_way = self._post(kind, rounds[n + 1], k, v) if n + 1 < len(rounds) else None
+            yield (buffer.k, buffer.v), round_.incoming.tiles, round_
+
+    def _post(self, kind: Kind, round_: Round, k: Tensor, v: Tensor) -> tuple[Transfer, _Buffer]:
+        incoming, outgoing = round_.incoming, round_.outgoing
+        buffer = _Buffer(k, v, row_count(incoming.rows), k.dtype)
+        receives = buffer.messages(incoming.source, _is_one_piece(incoming, k))
+        sends = _outgoing_messages(round_.target, outgoing, k, v)
+        return self._transport.post(kind, sends, receives), buffer
+
+    def _send_home(self, round_: Round, step: GradientStep, k: Tensor, v: Tensor) -> _Homebound:
+        sends = []
+        if round_.incoming.rows:
+            dtype = _gradient_dtype(round_.incoming, k.dtype)
+            sends = [
+                Message(round_.incoming.source, total.current().to(dtype).contiguous())
+                for total in (step.dk, step.dv)
+            ]
+        rows = row_count(round_.outgoing.rows)
+        returning = _Buffer(k, v, rows, _gradient_dtype(round_.outgoing, k.dtype))
+        receives = returning.messages(round_.target, apart=True)
+        transfer = self._transport.post("gradient", sends, receives)
+        return _Homebound(transfer, round_.outgoing.rows, returning)
+
+
+class _Homebound(NamedTuple):
+    """Gradients under way to and from this rank."""
+
+    transfer: Transfer
+    rows: Rows
+    returning: _Buffer
+
+    def settle(self, home: _Home) -> None:
+        """Wait for them and add those that came home."""
+        self.transfer.wait()
+        home.add_(self.rows, self.returning.k, self.returning.v)
+
+
+class _Buffer:
+    """Memory for some rows of K and V in one piece, so that one message can fill it."""
+
+    def __init__(self, k: Tensor, v: Tensor, rows: int, dtype: torch.dtype) -> None:
+        shapes = [(x.shape[0], rows, *x.shape[2:]) for x in (k, v)]
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        self._whole = k.new_empty(sum(sizes), dtype=dtype)
+        parts = self._whole.split(sizes)
+        self.k, self.v = (x.view(shape) for x, shape in zip(parts, shapes, strict=True))
+
+    def messages(self, block: int, apart: bool) -> list[Message]:
+        """To fill it from, or send it to, a block: K and V apart, or both as one message."""
+        tensors = (self.k, self.v) if apart else (self._whole,)
+        return [Message(block, tensor) for tensor in tensors]
+
+
+def _outgoing_messages(target: int, step: Step, k: Tensor, v: Tensor) -> list[Message]:
+    """K and V of a step's rows: apart where that saves a copy, else packed into one message."""
+    if _is_one_piece(step, k):
+        rows = slice(*step.rows[0])
+        return [Message(target, x[:, rows].contiguous()) for x in (k, v)]
+    buffer = _Buffer(k, v, row_count(step.rows), k.dtype)
+    offset = 0
+    for start, stop in step.rows:
+        piece = slice(offset, offset + stop - start)
+        buffer.k[:, piece] = k[:, start:stop]
+        buffer.v[:, piece] = v[:, start:stop]
+        offset += stop - start
+    return buffer.messages(target, apart=False)
+
+
+def _is_one_piece(step: Step, k: Tensor) -> bool:
+    """Whether the rows of a step are one run of memory in a contiguous tensor; both sides ask."""
+    return len(step.rows) == 1 and (k.shape[0] == 1 or step.whole)
+
+
+def _gradient_dtype(step: Step, dtype: torch.dtype) -> torch.dtype:
+    return accumulation_dtype(dtype) if step.summed else dtype
+
+
+class RingPlan:
+    """Neighbour to neighbour: every shard of K and V travels the whole ring, its gradient after it.
+
+    For fabrics where only neighbour links are fast. Bytes: (ranks - 1) shards each way, whatever
+    the mask. Memory: O(tokens / ranks), two shards of K and V and two of their gradients.
+
+    Source: Liu et al., "Ring Attention with Blockwise Transformers", arXiv 2310.01889.
+    """
+
+    def __init__(self, schedule: Schedule, rank: int) -> None:
+        ranks = schedule.world_size
+        self.sources = [(rank - distance) % ranks for distance in range(ranks)]
+        self.tiles = [tuple(schedule.tiles(rank, (source,))) for source in self.sources]
+        self.k_lens = schedule.k_lens
+
+    def start(self, transport: Transport) -> KVExchange:
+        return _Ring(self, transport)
+
+    def sent(self) -> Sent:
+        return Sent(
+            sum(self.k_lens[source] for source in self.sources[:-1]),
+            0,
+            sum(self.k_lens[source] for source in self.sources[1:]),
+        )
+
+
+class _Ring:
+    def __init__(self, plan: RingPlan, transport: Transport) -> None:
+        self._plan = plan
+        self._transport = transport
+        place = transport.place
+        self._right = (place.block + 1) % place.world_size
+        self._left = (place.block - 1) % place.world_size
+
+    def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
+        return self._arrivals("forward_kv", k, v)
+
+    def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
+        self._home = _Home(k, v)
+        dtype = accumulation_dtype(k.dtype)
+        sources, last = self._plan.sources, len(self._plan.sources) - 1
+        sending: Transfer | None = None
+        for distance, keys in enumerate(self._arrivals("backward_kv", k, v)):
+            if distance == 0:
+                yield self._home.step(*keys)
+                continue
+            # The sum of the ranks that have had these keys before; none has at distance 1.
+            so_far = _Buffer(keys.k, keys.v, keys.k.shape[1] if distance > 1 else 0, dtype)
+            receiving = self._transport.post("gradient", [], so_far.messages(self._left, True))
+            step = GradientStep(*keys, RowSum(keys.k), RowSum(keys.v))
+            yield step
+            receiving.wait()
+            if sending:
+                sending.wait()
+            if distance > 1:
+                step.dk.add_(slice(None), so_far.k)
+                step.dv.add_(slice(None), so_far.v)
+            sums = [total.current().to(dtype).contiguous() for total in (step.dk, step.dv)]
+            sends = [Message(self._right, total) for total in sums]
+            sending = self._transport.post("gradient", sends, [])
+        if last > 0:
+            assert sending is not None, sources
+            mine = _Buffer(k, v, k.shape[1], dtype)
+            self._transport.post("gradient", [], mine.messages(self._left, True)).wait()
+            sending.wait()
+            self._home.add_(((0, k.shape[1]),), mine.k, mine.v)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        return self._home.dk.current(), self._home.dv.current()
+
+    def _arrivals(self, kind: Kind, k: Tensor, v: Tensor) -> Iterator[Keys]:
+        """Every shard, from the own one leftwards, each yielded while the next is under way."""
+        held = k.contiguous(), v.contiguous()
+        for distance, tiles in enumerate(self._plan.tiles):
+            following = self._plan.sources[distance + 1 : distance + 2]
+            buffer = _Buffer(k, v, sum(self._plan.k_lens[source] for source in following), k.dtype)
+            sends = [Message(self._right, x) for x in held] if following else []
+            transfer = self._transport.post(kind, sends, buffer.messages(self._left, True))
+            yield Keys(*held, tiles)
+            transfer.wait()
+            held = buffer.k, buffer.v
+
+
+class AllGatherPlan:
+    """Gather all keys and values, compute once, reduce-scatter the gradients.
+
+    The fewest messages. Bytes: (ranks - 1) shards each way (of the longest length), whatever the
+    mask. Memory: O(tokens) per rank, which the other two exchanges avoid.
+
+    Source: Llama 3 report, arXiv 2407.21783, section 3.3.2.
+    """
+
+    def __init__(self, schedule: Schedule, rank: int) -> None:
+        self.tiles = tuple(schedule.tiles(rank, range(schedule.world_size)))
+        self.k_lens = schedule.k_lens
+        self.rank = rank
+
+    def start(self, transport: Transport) -> KVExchange:
+        return _AllGather(self, transport)
+
+    def sent(self) -> Sent:
+        rows = (len(self.k_lens) - 1) * max(self.k_lens)
+        return Sent(rows, 0, rows)
+
+
+class _AllGather:
+    def __init__(self, plan: AllGatherPlan, transport: Transport) -> None:
+        self._plan = plan
+        self._transport = transport
+
+    def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
+        yield Keys(self._gather("forward_kv", k), self._gather("forward_kv", v), self._plan.tiles)
+
+    def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
+        k_all, v_all = self._gather("backward_kv", k), self._gather("backward_kv", v)
+        step = GradientStep(k_all, v_all, self._plan.tiles, RowSum(k_all), RowSum(v_all))
+        yield step
+        self._dk, self._dv = self._scatter(step.dk), self._scatter(step.dv)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        return self._dk, self._dv
+
+    def _gather(self, kind: Kind, x: Tensor) -> Tensor:
+        lens = self._plan.k_lens
+        if len(lens) == 1:
+            return x
+        padded = x.new_zeros(x.shape[0], max(lens), *x.shape[2:])
+        padded[:, : x.shape[1]] = x
+        gathered = self._transport.all_gather(kind, padded)
+        if x.shape[0] == 1 and min(lens) == max(lens):
+            return gathered.view(1, -1, *x.shape[2:])
+        return torch.cat([shard[:, :n] for shard, n in zip(gathered, lens, strict=True)], dim=1)
+
+    def _scatter(self, total: RowSum) -> Tensor:
+        lens = self._plan.k_lens
+        sums = total.current()
+        if len(lens) == 1:
+            return sums
+        batch, _, *rest = sums.shape
+        padded = sums.new_zeros(
+            len(lens), batch, max(lens), *rest, dtype=accumulation_dtype(sums.dtype)
+        )
+        for shard, rows in zip(padded, sums.split(lens, dim=1), strict=True):
+            shard[:, : rows.shape[1]] = rows
+        return self._transport.reduce_scatter("gradient", padded)[:, : lens[self._plan.rank]]
+
+
+EXCHANGES: dict[str, type[DirectPlan] | type[RingPlan] | type[AllGatherPlan]] = {
+    "direct": DirectPlan,
+    "ring": RingPlan,
+    "all_gather": AllGatherPlan,
+}
+"""Exchanges by name. A new one is a plan class with `start` and `sent`, listed here."""

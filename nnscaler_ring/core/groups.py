@@ -1,0 +1,320 @@
+"""Process groups: what the user gives, the name that an op takes, and messages between blocks.
+
+Note [Block order]
+    Position i of the user's list of ranks holds block i of the sequence. `new_group` sorts its
+    ranks, so block order and group order may differ: an op gets the group's name and, where they
+    differ, the order, as one string `name` or `name:2,0,1`. Ranks become global only inside torch.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from typing import TYPE_CHECKING, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    ProcessGroupLike = Sequence[int] | dist.ProcessGroup | DeviceMesh
+
+ALONE = ""
+"""The group string of a call without a group: the tensors are the whole sequence."""
+
+AGREEMENT_SECONDS = 5.0
+"""How long ranks wait for each other when they compare a new plan, unless told otherwise."""
+
+PLANS_REMEMBERED = 1024
+"""Plans per group that need no new agreement, least recently used forgotten first."""
+
+
+@dataclass
+class Traffic:
+    """Payload that this rank sent over one process group, in bytes, and the messages it took."""
+
+    forward_kv_bytes: int = 0
+    backward_kv_bytes: int = 0
+    gradient_bytes: int = 0
+    relayout_bytes: int = 0
+    messages: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All payload together."""
+        return (
+            self.forward_kv_bytes
+            + self.backward_kv_bytes
+            + self.gradient_bytes
+            + self.relayout_bytes
+        )
+
+    def __sub__(self, earlier: Traffic) -> Traffic:
+        """What was sent since an earlier reading."""
+        names = [f.name for f in fields(self)]
+        return Traffic(*(getattr(self, name) - getattr(earlier, name) for name in names))
+
+    def copy(self) -> Traffic:
+        """A reading that later traffic does not change."""
+        return self - Traffic()
+
+
+@dataclass
+class GroupState:
+    """What a process remembers of one process group for as long as the group lives."""
+
+    traffic: Traffic = field(default_factory=Traffic)
+    agreements: int = 0
+    agreed_plans: OrderedDict[object, None] = field(default_factory=OrderedDict)
+    agreement_seconds: float = AGREEMENT_SECONDS
+
+    def remembers(self, plan: object) -> bool:
+        """Whether the ranks have agreed on this plan before."""
+        if plan not in self.agreed_plans:
+            return False
+        self.agreed_plans.move_to_end(plan)
+        return True
+
+    def remember(self, plan: object) -> None:
+        """The ranks agree on this plan; forget the one that was not used for longest."""
+        self.agreed_plans[plan] = None
+        if len(self.agreed_plans) > PLANS_REMEMBERED:
+            self.agreed_plans.popitem(last=False)
+
+
+# The only module state: it belongs to the process groups, which torch also keeps per process, and
+# goes when they are destroyed.
+_STATES: WeakKeyDictionary[dist.ProcessGroup, GroupState] = WeakKeyDictionary()
+_STRINGS_OF_RANKS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], str]] = (
+    WeakKeyDictionary()
+)
+
+
+def group_string(process_group: ProcessGroupLike | None) -> str:
+    """The string by which an op finds the group: see Note [Block order].
+
+    Args:
+        process_group: None (one device), global ranks in block order, a ProcessGroup, or a
+            one-dimensional DeviceMesh (both in group-rank order).
+
+    Raises:
+        ValueError: not a group that this rank can use.
+        TypeError: not one of the four.
+    """
+    if process_group is None:
+        return ALONE
+    if isinstance(process_group, dist.ProcessGroup):
+        _require_member(process_group)
+        return cast(str, process_group.group_name)
+    if hasattr(process_group, "get_group") and hasattr(process_group, "ndim"):
+        if process_group.ndim != 1:
+            raise ValueError(
+                f"process_group as a DeviceMesh must have one dimension, got {process_group}; "
+                "pass mesh['name_of_the_sequence_dimension']."
+            )
+        return cast(str, process_group.get_group().group_name)
+    if isinstance(process_group, (str, bytes)) or not isinstance(process_group, Iterable):
+        raise TypeError(
+            "process_group must be None, global ranks, a ProcessGroup or a DeviceMesh, "
+            f"got {type(process_group).__name__}."
+        )
+    return _string_of_ranks(*[operator.index(rank) for rank in process_group])
+
+
+def _string_of_ranks(*ranks: int) -> str:
+    if not dist.is_initialized():
+        raise ValueError(
+            f"process_group={list(ranks)} needs torch.distributed; call "
+            "torch.distributed.init_process_group() first, or pass None for one device."
+        )
+    world = dist.group.WORLD
+    strings = _STRINGS_OF_RANKS.setdefault(cast(dist.ProcessGroup, world), {})
+    if ranks not in strings:
+        _check_ranks(ranks)
+        group = _make_group(ranks)
+        order = [dist.get_group_rank(group, rank) for rank in ranks]
+        permutation = "" if order == sorted(order) else ":" + ",".join(map(str, order))
+        strings[ranks] = group.group_name + permutation
+    return strings[ranks]
+
+
+# What torch.compiler.assume_constant_result sets: under torch.compile the group is made while
+# tracing. The decorator itself would import all of torch._dynamo, a second of every start.
+_string_of_ranks._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _check_ranks(ranks: tuple[int, ...]) -> None:
+    if not ranks:
+        raise ValueError("process_group must name at least one rank, got []; use None for none.")
+    world_size = dist.get_world_size()
+    if len(set(ranks)) != len(ranks):
+        raise ValueError(f"process_group must not repeat a rank, got {list(ranks)}.")
+    if not all(0 <= rank < world_size for rank in ranks):
+        raise ValueError(
+            f"process_group must hold ranks of the world, 0 to {world_size - 1}, got {list(ranks)}."
+        )
+    if dist.get_rank() not in ranks:
+        raise ValueError(
+            f"process_group must hold this rank, {dist.get_rank()}, got {list(ranks)}; "
+            "call the op on the ranks of its group only."
+        )
+
+
+def _require_member(group: dist.ProcessGroup) -> None:
+    if c10d._rank_not_in_group(group):
+        raise ValueError(
+            f"process_group must hold this rank, {dist.get_rank()}; "
+            "call the op on the ranks of its group only."
+        )
+
+
+def _make_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """The group of these ranks, made by its members alone."""
+    world = dist.group.WORLD
+    assert world is not None, ranks
+    members = tuple(sorted(ranks))
+    if members == tuple(range(dist.get_world_size())):
+        return world
+    for other, string in _STRINGS_OF_RANKS[world].items():
+        if tuple(sorted(other)) == members:
+            return group_of(string)
+    timeout = group_timeout(world)
+    _meet(world, members, timeout)
+    return _new_group_of_members(world, members, timeout)
+
+
+def _new_group_of_members(
+    world: dist.ProcessGroup, members: tuple[int, ...], timeout: timedelta
+) -> dist.ProcessGroup:
+    """What `new_group(members, use_local_synchronization=True)` should do.
+
+    That call names the group by its ranks and by how many groups the process has, so it waits
+    forever where members have different numbers of groups. Here the name is the ranks alone.
+    """
+    backend, store = c10d._world.pg_map[world]
+    name = "nnscaler_ring/" + ",".join(map(str, members))
+    position = members.index(dist.get_rank())
+    group, _ = c10d._new_process_group_helper(
+        len(members), position, list(members), backend, store, name, timeout=timeout
+    )
+    c10d._world.pg_group_ranks[group] = {rank: n for n, rank in enumerate(members)}
+    return cast(dist.ProcessGroup, group)
+
+
+def _meet(world: dist.ProcessGroup, members: tuple[int, ...], timeout: timedelta) -> None:
+    """Wait until every member asks for the same group, so that a rank that errs is named."""
+    store = world.get_group_store()
+    asked = f"nnscaler_ring/group/{','.join(map(str, members))}/"
+    latest = "nnscaler_ring/group_asked_by/"
+    me = dist.get_rank()
+    store.set(f"{latest}{me}", str(list(members)))
+    store.set(f"{asked}{me}", "")
+    seconds = min(AGREEMENT_SECONDS, timeout.total_seconds())
+    missing = wait_for_keys(store, [f"{asked}{rank}" for rank in members], seconds)
+    if missing:
+        store.delete_key(f"{asked}{me}")
+        absent = [members[n] for n in missing]
+        others = [
+            f"rank {rank} asked for {store.get(f'{latest}{rank}').decode()}"
+            for rank in absent
+            if store.check([f"{latest}{rank}"])
+        ]
+        raise ValueError(
+            f"process_group must be the same on all its ranks: rank {me} asks for "
+            f"{list(members)}, but rank(s) {absent} did not within {seconds:g} s"
+            + (f" ({'; '.join(others)})." if others else ".")
+        )
+
+
+def wait_for_keys(store: dist.Store, keys: Sequence[str], seconds: float) -> list[int]:
+    """Indices of the keys that the store does not hold after at most `seconds`.
+
+    Polls: a FileStore's own wait looks once a second.
+    """
+    deadline = time.monotonic() + seconds
+    missing = list(range(len(keys)))
+    pause = 1e-4
+    while True:
+        missing = [n for n in missing if not store.check([keys[n]])]
+        if not missing or time.monotonic() > deadline:
+            return missing
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+
+
+def group_timeout(group: dist.ProcessGroup) -> timedelta:
+    """The time after which the group gives up a transfer."""
+    device = torch.device(group._device_types[0].type if group._device_types else "cpu")
+    return cast(timedelta, group._get_backend(device).options._timeout)
+
+
+def group_of(string: str) -> dist.ProcessGroup:
+    """The process group of a group string."""
+    return c10d._resolve_process_group(string.partition(":")[0])
+
+
+def group_state(string: str) -> GroupState:
+    """What this process remembers of the group."""
+    group = group_of(string)
+    if group not in _STATES:
+        _STATES[group] = GroupState()
+    return _STATES[group]
+
+
+@dataclass(frozen=True)
+class Place:
+    """This rank's place in a group: its block, and who holds the others.
+
+    `members[i]` is the group rank that holds block i. One block and no group for a call alone.
+    """
+
+    group: dist.ProcessGroup | None
+    members: tuple[int, ...]
+    block: int
+
+    @property
+    def world_size(self) -> int:
+        """The number of blocks."""
+        return len(self.members)
+
+    def global_rank(self, block: int) -> int:
+        """The global rank that holds a block, for messages to people."""
+        return dist.get_global_rank(self.group, self.members[block]) if self.group else 0
+
+
+def find_place(string: str) -> Place:
+    """Where this rank stands in the group of a group string."""
+    if string == ALONE:
+        return Place(None, (0,), 0)
+    group = group_of(string)
+    order = string.partition(":")[2]
+    members = tuple(map(int, order.split(","))) if order else tuple(range(group.size()))
+    return Place(group, members, members.index(group.rank()))
+
+
+def traffic(process_group: ProcessGroupLike | None = None) -> Traffic:
+    """What this rank has sent over a group for attention since the group was made, in bytes.
+
+    Take a reading before and one after, and subtract. All zeros for `None`.
+    """
+    string = group_string(process_group)
+    return Traffic() if string == ALONE else group_state(string).traffic.copy()
+
+
+def set_agreement_timeout(process_group: ProcessGroupLike, seconds: float) -> None:
+    """How long this rank waits for the others of the group when they compare a new plan.
+
+    5 s unless set; never longer than the group's own timeout. Raise it where ranks may reach the
+    first call far apart, for example after compiling for different times.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds must be > 0, got {seconds}.")
+    group_state(group_string(process_group)).agreement_seconds = seconds

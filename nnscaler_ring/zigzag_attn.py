@@ -1,0 +1,166 @@
+"""`wrap_zigzag_attn_func`: exact attention with causal work balanced over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nnscaler_ring.core.agreement import refusing_together
+from nnscaler_ring.core.attention import context_parallel_attention
+from nnscaler_ring.core.checks import check_dim, check_shard_lens, check_zigzag_layout
+from nnscaler_ring.core.groups import find_place, group_string
+from nnscaler_ring.core.layout import LAYOUTS, Zigzag
+from nnscaler_ring.core.ops import relayout_op
+
+if TYPE_CHECKING:
+    from nnscaler_ring.core.groups import ProcessGroupLike
+
+
+def wrap_zigzag_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    process_group: ProcessGroupLike | None = None,
+    *,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_seed: int | None = None,
+    return_lse: bool = False,
+    shard_lens: Sequence[int] | None = None,
+    exchange: str = "direct",
+    kernel: str = "auto",
+    layout: str = "contiguous",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention where rank r computes chunks r and 2N-1-r of 2N: balanced when causal.
+
+    Chunk c of 2N is tokens `[c*T//2N, (c+1)*T//2N)`, for any length T. Arguments that are not
+    listed here are those of `wrap_ring_attn_func`; all masks are allowed.
+
+    Args:
+        shard_lens: tokens that every block passes, in its layout, where they differ.
+        layout: "contiguous": q, k, v are contiguous shards and so are the results; the op moves the
+            rows of q, and of the result, itself (k and v stay where they are). "zigzag": this rank
+            passes its two chunks one after the other, and gets them; nothing is moved. See
+            `zigzag_shard`, `zigzag_unshard` and `zigzag_positions`.
+
+    Source: zhuzilin, "ring-flash-attention"; Llama 3 report, arXiv 2407.21783, section 3.3.2.
+    """
+    op = "wrap_zigzag_attn_func"
+    with refusing_together(group_string(process_group), op):
+        check_zigzag_layout(layout)
+    return context_parallel_attention(
+        op,
+        q,
+        k,
+        v,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        process_group=process_group,
+        return_lse=return_lse,
+        shard_lens=shard_lens,
+        exchange=exchange,
+        kernel=kernel,
+        deterministic=deterministic,
+        return_attn_probs=return_attn_probs,
+        dropout_p=dropout_p,
+        alibi_slopes=alibi_slopes,
+        bias=bias,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_seed=dropout_seed,
+        caller_layout=layout,
+        q_layout="zigzag",
+    )
+
+
+def zigzag_shard(
+    x: Tensor,
+    process_group: ProcessGroupLike | None = None,
+    *,
+    dim: int = 1,
+    shard_lens: Sequence[int] | None = None,
+) -> Tensor:
+    """This rank's contiguous shard in, its two zigzag chunks out; rows move between the ranks.
+
+    For a model that keeps its activations in zigzag order: shard the token ids or embeddings once,
+    use `layout="zigzag"` in every layer, unshard the result once. Differentiable; any dtype.
+
+    Args:
+        x: any tensor whose tokens lie along `dim`.
+        process_group: as in `wrap_ring_attn_func`; None returns x as it is.
+        dim: the token dimension.
+        shard_lens: tokens of every contiguous shard where they differ.
+
+    Returns:
+        x with the tokens of chunks r and 2N-1-r of 2N along `dim`.
+    """
+    return _relayout("zigzag_shard", x, process_group, dim, shard_lens, "contiguous", "zigzag")
+
+
+def zigzag_unshard(
+    x: Tensor,
+    process_group: ProcessGroupLike | None = None,
+    *,
+    dim: int = 1,
+    shard_lens: Sequence[int] | None = None,
+) -> Tensor:
+    """The inverse of `zigzag_shard`: two zigzag chunks in, this rank's contiguous shard out.
+
+    `shard_lens` are again the lengths of the contiguous shards.
+    """
+    return _relayout("zigzag_unshard", x, process_group, dim, shard_lens, "zigzag", "contiguous")
+
+
+def zigzag_positions(
+    total_tokens: int,
+    process_group: ProcessGroupLike | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Positions in the whole sequence of the tokens this rank holds in zigzag order, for RoPE.
+
+    Args:
+        total_tokens: tokens over all ranks.
+
+    Returns:
+        int64 [tokens of this rank].
+    """
+    if total_tokens < 0:
+        raise ValueError(f"total_tokens must be >= 0, got {total_tokens}.")
+    place = find_place(group_string(process_group))
+    spans = Zigzag(total_tokens, place.world_size).spans(place.block)
+    runs = [torch.arange(s.position, s.position + s.length, device=device) for s in spans]
+    return torch.cat(runs) if runs else torch.arange(0, device=device)
+
+
+def _relayout(
+    op: str,
+    x: Tensor,
+    process_group: ProcessGroupLike | None,
+    dim: int,
+    shard_lens: Sequence[int] | None,
+    source: str,
+    target: str,
+) -> Tensor:
+    group = group_string(process_group)
+    place = find_place(group)
+    with refusing_together(group, op):
+        dim = check_dim(x, dim)
+        lens = check_shard_lens("shard_lens", shard_lens, place.world_size)
+    if place.world_size == 1:
+        return x
+    everybody = lens or [x.shape[dim]] * place.world_size
+    new_len = LAYOUTS[target].for_shards(everybody).shard_lens[place.block]
+    return relayout_op(x, dim, op, group, lens, source, target, new_len)

@@ -1,0 +1,62 @@
+"""Packaging of nnscaler_ring; the tools are configured in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """The version as text, so that building does not import torch."""
+    text = (ROOT / "nnscaler_ring" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('nnscaler_ring/__init__.py has no line like __version__ = "1.2.3"')
+    return match.group(1)
+
+
+def read_long_description() -> str:
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+CLI = ["click>=8.1", "rich>=13"]
+DEMO = [*CLI, "matplotlib>=3.8"]
+BENCH = [*CLI, "ring-attention-pytorch>=0.5.20"]
+TEST = [*DEMO, "hypothesis>=6.100", "pytest>=8"]
+LINT = ["mypy>=1.11", "ruff>=0.12"]
+
+setup(
+    name="nnscaler_ring",
+    version=read_version(),
+    description="Exact context-parallel (ring) attention over torch.distributed ranks",
+    long_description=read_long_description(),
+    long_description_content_type="text/markdown",
+    author="The nnscaler_ring authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["nnscaler_ring", "nnscaler_ring.*"]),
+    package_data={"nnscaler_ring": ["py.typed"]},
+    install_requires=["torch>=2.6"],
+    extras_require={
+        "cli": CLI,
+        "demo": DEMO,
+        "bench": BENCH,
+        "test": TEST,
+        "lint": LINT,
+        "dev": sorted({*DEMO, *BENCH, *TEST, *LINT}),
+    },
+    entry_points={"console_scripts": ["nnscaler-ring = nnscaler_ring.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,40 @@
+"""Fixtures and marks that all tests share."""
+
+import importlib.metadata
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.ranks import RankPool
+
+# The same examples in every run: a red build must mean a change of the code.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
+
+
+def pytest_report_header() -> str:
+    try:
+        nnscaler = importlib.metadata.version("nnscaler")
+    except importlib.metadata.PackageNotFoundError:
+        nnscaler = "not installed"
+    threads = f"{torch.get_num_threads()} threads here and 1 per rank on {os.cpu_count()} CPUs"
+    return f"torch {torch.__version__}, nnscaler {nnscaler}, {threads}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Gloo ranks that live as long as the session; see RankPool.run."""
+    ranks = RankPool()
+    yield ranks
+    ranks.close()
