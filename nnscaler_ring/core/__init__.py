@@ -1,1 +1,1 @@
-"""The engine: layout + mask -> tiles -> one forward and one backward loop. Never imports nnScaler."""
+"""Layout and mask become tiles, tiles one forward and one backward loop. Never imports nnScaler."""

@@ -175,8 +175,9 @@ def check_dim(x: Tensor, dim: int) -> int:
     return dim % x.dim()
 
 
-def check_cu_seqlens_tensors(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+def check_cu_seqlens_tensors(cu_seqlens_q: object, cu_seqlens_k: object) -> None:
     """Type and shape of both; their values are checked by `check_cu_seqlens_values`."""
+    documents = []
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(cu, Tensor):
             raise TypeError(
@@ -189,11 +190,11 @@ def check_cu_seqlens_tensors(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None
                 f"{name} must be [documents + 1] for at least one document, "
                 f"got shape {list(cu.shape)}."
             )
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        documents.append(cu.shape[0] - 1)
+    if documents[0] != documents[1]:
         raise ValueError(
-            "cu_seqlens_k must have as many documents as cu_seqlens_q, "
-            f"{cu_seqlens_q.shape[0] - 1}, got {cu_seqlens_k.shape[0] - 1}; "
-            "a document without keys has length 0."
+            f"cu_seqlens_k must have as many documents as cu_seqlens_q, {documents[0]}, "
+            f"got {documents[1]}; a document without keys has length 0."
         )
 
 

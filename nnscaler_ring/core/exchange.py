@@ -32,7 +32,7 @@ KEYS_PER_MESSAGE = 2048
 
 
 class Keys(NamedTuple):
-    """Keys and values [batch, keys, num_kv_heads, head_dim] at hand, and the tiles that read them."""
+    """Keys and values [batch, keys, num_kv_heads, head_dim], and the tiles that read them."""
 
     k: Tensor
     v: Tensor

@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 if TYPE_CHECKING:
@@ -200,7 +199,7 @@ def _new_group_of_members(
     forever where members have different numbers of groups. Here the name is the ranks alone.
     """
     backend, store = c10d._world.pg_map[world]
-    name = "nnscaler_ring/" + ",".join(map(str, members))
+    name = cast("c10d.GroupName", "nnscaler_ring/" + ",".join(map(str, members)))
     position = members.index(dist.get_rank())
     group, _ = c10d._new_process_group_helper(
         len(members), position, list(members), backend, store, name, timeout=timeout
@@ -253,12 +252,12 @@ def wait_for_keys(store: dist.Store, keys: Sequence[str], seconds: float) -> lis
 def group_timeout(group: dist.ProcessGroup) -> timedelta:
     """The time after which the group gives up a transfer."""
     device = torch.device(group._device_types[0].type if group._device_types else "cpu")
-    return cast(timedelta, group._get_backend(device).options._timeout)
+    return group._get_backend(device).options._timeout
 
 
 def group_of(string: str) -> dist.ProcessGroup:
     """The process group of a group string."""
-    return c10d._resolve_process_group(string.partition(":")[0])
+    return c10d._resolve_process_group(cast("c10d.GroupName", string.partition(":")[0]))
 
 
 def group_state(string: str) -> GroupState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -22,7 +22,7 @@ class Span(NamedTuple):
     stride: int = 1
 
 
-class SequenceLayout(Protocol):
+class SequenceLayout(Hashable, Protocol):
     """Who holds which tokens. Layouts are hashable values; shards may be uneven or empty."""
 
     @property

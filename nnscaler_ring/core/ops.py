@@ -87,7 +87,7 @@ def attention_op(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Attention of q, k, v as the caller holds them, dense or packed: see FORWARD_SCHEMA."""
     chosen = Options(*options)
     run = _prepare(q, q, k, v, cu_seqlens_q, cu_seqlens_k, chosen)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from nnscaler_ring.core.layout import SequenceLayout, Span
 from nnscaler_ring.core.tile import UNBOUNDED, Tile, clip_keys, merge_neighbours, trim
@@ -121,7 +122,7 @@ def message_steps(schedule: Schedule, rank: int, source: int, parts: int) -> tup
     steps = []
     total = row_count(rows)
     edges = [part * total // parts for part in range(parts + 1)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         clipped = (clip_keys(tile, start, stop) for tile in in_message)
         part = tuple(tile.keys_moved(-start) for tile in clipped if tile)
         cut = cut_rows(rows, start, stop)
@@ -190,4 +191,4 @@ def _along_message(tiles: Iterable[Tile], rows: Rows) -> list[Tile]:
 
 def _summed(tiles: Sequence[Tile]) -> bool:
     ordered = sorted((tile.k0, tile.k1) for tile in tiles)
-    return any(a[1] > b[0] for a, b in zip(ordered, ordered[1:], strict=False))
+    return any(a[1] > b[0] for a, b in pairwise(ordered))

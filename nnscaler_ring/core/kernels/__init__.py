@@ -77,7 +77,7 @@ def select_kernel(name: str, problem: Problem) -> AttentionKernel:
         ValueError: the kernel, or every kernel that auto may pick, refuses; with the reasons.
     """
     names = AUTO_KERNELS if name == "auto" else (name,)
-    refusals = {}
+    refusals: dict[str, str] = {}
     for candidate in names:
         kernel = _load(candidate)
         reason = kernel.supports(problem)

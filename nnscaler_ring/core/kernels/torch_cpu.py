@@ -5,9 +5,9 @@ aligned and allows more queries than keys; v has q's head dim; zero rows kill th
 dim that is not dense gives wrong numbers without an error; a float mask is allowed, a band is not.
 
 Note [A band in fused calls]
-    A causal tile that starts `hi` keys early is a full block and a causal one. Any other band is cut
-    into blocks of query rows; within a block the keys that all its rows see are one full call, and
-    only the corners at the edges need a mask, which is never larger than a block.
+    A causal tile that starts `hi` keys early is a full block and a causal one. Any other band is
+    cut into blocks of query rows; within a block the keys that all its rows see are one full call,
+    and only the corners at the edges need a mask, at most a few blocks wide.
 """
 
 from __future__ import annotations
