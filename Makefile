@@ -37,7 +37,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt | $(BIN)/python
 .PHONY: nnscaler
 nnscaler: $(STAMP)
 ifneq ($(NNSCALER),)
-	$(PIP) uninstall --yes nnscaler
+	$(PIP) --quiet uninstall --yes nnscaler
 	$(INSTALL) '$(NNSCALER)'
 endif
 

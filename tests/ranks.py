@@ -113,6 +113,8 @@ def _serve(connection: Connection, rank: int, rendezvous: Rendezvous) -> None:
     torch.set_num_threads(1)
     stack_file = rendezvous.stack_file(rank).open("w")  # open for life: the handler writes to it
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
+    connection.send_bytes(_attempt(rank, lambda: None))
+    connection.recv_bytes()
     connection.send_bytes(_attempt(rank, lambda: rendezvous.join(rank)))
     while True:
         try:
@@ -128,7 +130,7 @@ def _serve(connection: Connection, rank: int, rendezvous: Rendezvous) -> None:
 
 
 @contextmanager
-def _rank_environment() -> Iterator[None]:
+def rank_environment() -> Iterator[None]:
     """The variables that a spawned rank must find before it imports torch."""
     wanted = {"OMP_NUM_THREADS": "1"}
     for _, interface in socket.if_nameindex():
@@ -172,7 +174,7 @@ class RankProcesses:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         everyone = range(self.rendezvous.world_size)
-        with _rank_environment():
+        with rank_environment():
             for rank in everyone:
                 mine, theirs = context.Pipe()
                 process = context.Process(
@@ -182,7 +184,10 @@ class RankProcesses:
                 theirs.close()  # so that a rank's death is seen as the end of its pipe
                 self.processes.append(process)
                 self.connections.append(mine)
-        raise_failures(self, everyone, self._collect(everyone, START_SECONDS), "joining the group")
+        # They join once all have imported torch, which may take longer than the group's timeout.
+        raise_failures(self, everyone, self._collect(everyone, START_SECONDS), "starting")
+        outcomes = self.call(everyone, b"join", timeout=START_SECONDS)
+        raise_failures(self, everyone, outcomes, "joining the group")
 
     def call(
         self,
@@ -364,6 +369,10 @@ class RankPool:
             self.processes = None
 
 
+def _do_nothing(ranks: Sequence[int], fn: Callable[..., Any]) -> None:
+    pass
+
+
 def run_fresh(
     world_size: int,
     fn: Callable[..., Any],
@@ -391,6 +400,11 @@ def run_fresh(
     request = pickle.dumps((fn, list(everyone), args, kwargs))
     processes = RankProcesses(world_size, timeout_seconds=timeout_seconds, init=init)
     try:
+        # The first call only brings fn's module to the ranks, so that no clock runs meanwhile.
+        load = pickle.dumps((_do_nothing, [], (fn,), {}))
+        raise_failures(
+            processes, everyone, processes.call(everyone, load, timeout=START_SECONDS), "importing"
+        )
         outcomes = processes.call(everyone, request, timeout=answer_seconds, kill=kill)
         if len(outcomes) < world_size:
             what = f"{getattr(fn, '__qualname__', fn)} on {world_size} fresh ranks"
