@@ -12,6 +12,7 @@ from torch import Tensor
 from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.kernels import KERNELS
 from nnscaler_ring.core.schedule import Mask
+from nnscaler_ring.core.tile import UNBOUNDED
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -19,11 +20,12 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> None:
     """Shapes, dtypes, devices and head counts of q, k, v: [batch, tokens, heads, head_dim]."""
     dims = "[tokens, num_heads, head_dim]" if packed else "[batch, tokens, num_heads, head_dim]"
+    other = "a batch: wrap_ring_attn_func" if packed else "packed: wrap_ring_attn_varlen_func"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor {dims}, got {type(x).__name__}.")
         if x.dim() != (3 if packed else 4):
-            raise ValueError(f"{name} must be {dims}, got shape {list(x.shape)}.")
+            raise ValueError(f"{name} must be {dims}, got shape {list(x.shape)}; for {other}.")
         if x.dtype not in DTYPES:
             raise ValueError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}; "
@@ -68,7 +70,7 @@ def check_mask(causal: bool, window_size: tuple[int, int]) -> Mask:
         raise ValueError(
             f"window_size entries must be -1 or >= 0, got {window_size}; use -1 for unbounded."
         )
-    left, right = window_size
+    left, right = (min(side, UNBOUNDED) for side in window_size)
     return Mask.from_window(causal, (left, right))
 
 
@@ -87,7 +89,7 @@ def check_choices(
     *, exchange: str, kernel: str, deterministic: bool, return_lse: bool, return_attn_probs: bool
 ) -> None:
     """The options that choose how, not what."""
-    if exchange not in EXCHANGES:
+    if not isinstance(exchange, str) or exchange not in EXCHANGES:
         raise ValueError(f"exchange must be one of {tuple(EXCHANGES)}, got {exchange!r}.")
     if kernel not in ("auto", *KERNELS):
         raise ValueError(f"kernel must be 'auto' or one of {KERNELS}, got {kernel!r}.")
@@ -112,11 +114,11 @@ def refuse_options(
 ) -> None:
     """Options that no kernel computes yet: refused when set, never ignored."""
     given = {
-        "dropout_p": dropout_p != 0.0,
+        "dropout_p": not isinstance(dropout_p, Real) or dropout_p != 0.0,
         "dropout_seed": dropout_seed is not None,
         "alibi_slopes": alibi_slopes is not None,
         "bias": bias is not None,
-        "softcap": softcap != 0.0,
+        "softcap": not isinstance(softcap, Real) or softcap != 0.0,
         "sinks": sinks is not None,
     }
     for name, is_set in given.items():
@@ -134,7 +136,9 @@ def check_shard_lens(
     if shard_lens is None:
         return None
     if isinstance(shard_lens, str) or not isinstance(shard_lens, Sequence):
-        raise TypeError(f"{name} must be a sequence of ints, got {type(shard_lens).__name__}.")
+        raise TypeError(
+            f"{name} must be a sequence of ints, got {type(shard_lens).__name__}; use a list."
+        )
     lens = list(shard_lens)
     if not all(_is_int(n) for n in lens):
         raise TypeError(f"{name} must hold ints, got {lens}.")
@@ -201,12 +205,15 @@ def check_cu_seqlens_tensors(cu_seqlens_q: object, cu_seqlens_k: object) -> None
 def check_cu_seqlens_values(name: str, values: Sequence[int], total: int) -> None:
     """They start at 0, never fall and end at the total of tokens over all ranks."""
     if values[0] != 0:
-        raise ValueError(f"{name} must start at 0, got {values[0]}.")
+        raise ValueError(
+            f"{name} must start at 0, got {values[0]}; it is 0 and then the end of every document."
+        )
     falls = [n for n in range(len(values) - 1) if values[n] > values[n + 1]]
     if falls:
         n = falls[0]
         raise ValueError(
-            f"{name} must never fall, got {values[n]} before {values[n + 1]} at index {n}."
+            f"{name} must never fall, got {values[n]} before {values[n + 1]} at index {n}; "
+            "a document without tokens repeats the value before it."
         )
     if values[-1] != total:
         raise ValueError(

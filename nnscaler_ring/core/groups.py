@@ -9,12 +9,14 @@ Note [Block order]
 from __future__ import annotations
 
 import operator
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from typing import TYPE_CHECKING, cast
+from numbers import Real
+from typing import TYPE_CHECKING, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,11 +28,18 @@ if TYPE_CHECKING:
 
     ProcessGroupLike = Sequence[int] | dist.ProcessGroup | DeviceMesh
 
+T = TypeVar("T")
+
 ALONE = ""
 """The group string of a call without a group: the tensors are the whole sequence."""
 
 AGREEMENT_SECONDS = 5.0
 """How long ranks wait for each other when they compare a new plan, unless told otherwise."""
+
+STORE_SECONDS = 2.0
+"""How long a store may take to answer beyond the time that ranks wait for each other."""
+
+_LATEST_REQUEST = "nnscaler_ring/group_asked_by/"
 
 PLANS_REMEMBERED = 1024
 """Plans per group that need no new agreement, least recently used forgotten first."""
@@ -111,21 +120,38 @@ def group_string(process_group: ProcessGroupLike | None) -> str:
     if process_group is None:
         return ALONE
     if isinstance(process_group, dist.ProcessGroup):
-        _require_member(process_group)
         return cast(str, process_group.group_name)
     if hasattr(process_group, "get_group") and hasattr(process_group, "ndim"):
-        if process_group.ndim != 1:
-            raise ValueError(
-                f"process_group as a DeviceMesh must have one dimension, got {process_group}; "
-                "pass mesh['name_of_the_sequence_dimension']."
-            )
-        return cast(str, process_group.get_group().group_name)
-    if isinstance(process_group, (str, bytes)) or not isinstance(process_group, Iterable):
-        raise TypeError(
-            "process_group must be None, global ranks, a ProcessGroup or a DeviceMesh, "
-            f"got {type(process_group).__name__}."
+        # Dynamo cannot trace a cast of a mesh.
+        return _string_of_mesh(process_group)  # type: ignore[arg-type]
+    if isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"process_group must hold this rank, {dist.get_rank()}, got what new_group() gives to "
+            "ranks outside the group; call the op on the ranks of its group only."
         )
-    return _string_of_ranks(*[operator.index(rank) for rank in process_group])
+    if isinstance(process_group, (str, bytes, Set)) or not isinstance(process_group, Iterable):
+        raise TypeError(
+            "process_group must be None, a sequence of global ranks, a ProcessGroup or a "
+            f"DeviceMesh, got {type(process_group).__name__}."
+        )
+    ranks = list(process_group)
+    if not all(hasattr(rank, "__index__") for rank in ranks):
+        raise TypeError(f"process_group must hold global ranks, ints, got {ranks}.")
+    return _string_of_ranks(*[operator.index(rank) for rank in ranks])
+
+
+def _string_of_mesh(mesh: DeviceMesh) -> str:
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"process_group as a DeviceMesh must have one dimension, got {mesh}; "
+            "pass mesh['name_of_the_sequence_dimension']."
+        )
+    if not torch.compiler.is_compiling() and mesh.get_coordinate() is None:
+        raise ValueError(
+            f"process_group must hold this rank, {dist.get_rank()}, got {mesh}; "
+            "call the op on the ranks of its group only."
+        )
+    return cast(str, mesh.get_group().group_name)
 
 
 def _string_of_ranks(*ranks: int) -> str:
@@ -138,7 +164,12 @@ def _string_of_ranks(*ranks: int) -> str:
     strings = _STRINGS_OF_RANKS.setdefault(cast(dist.ProcessGroup, world), {})
     if ranks not in strings:
         _check_ranks(ranks)
-        group = _make_group(ranks)
+        try:
+            group = _make_group(ranks)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"process_group={list(ranks)} could not be made, a rank may be lost: {error}"
+            ) from error
         order = [dist.get_group_rank(group, rank) for rank in ranks]
         permutation = "" if order == sorted(order) else ":" + ",".join(map(str, order))
         strings[ranks] = group.group_name + permutation
@@ -167,26 +198,20 @@ def _check_ranks(ranks: tuple[int, ...]) -> None:
         )
 
 
-def _require_member(group: dist.ProcessGroup) -> None:
-    if c10d._rank_not_in_group(group):
-        raise ValueError(
-            f"process_group must hold this rank, {dist.get_rank()}; "
-            "call the op on the ranks of its group only."
-        )
-
-
 def _make_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     """The group of these ranks, made by its members alone."""
     world = dist.group.WORLD
     assert world is not None, ranks
+    timeout = group_timeout(world)
+    seconds = min(_state_of(world).agreement_seconds, timeout.total_seconds())
+    answer_within(seconds, lambda: _publish_request(ranks))
     members = tuple(sorted(ranks))
     if members == tuple(range(dist.get_world_size())):
         return world
     for other, string in _STRINGS_OF_RANKS[world].items():
         if tuple(sorted(other)) == members:
             return group_of(string)
-    timeout = group_timeout(world)
-    _meet(world, members, timeout)
+    answer_within(seconds + STORE_SECONDS, lambda: _meet(world, members, seconds))
     return _new_group_of_members(world, members, timeout)
 
 
@@ -205,32 +230,71 @@ def _new_group_of_members(
         len(members), position, list(members), backend, store, name, timeout=timeout
     )
     c10d._world.pg_group_ranks[group] = {rank: n for n, rank in enumerate(members)}
+    _state_of(group).agreement_seconds = _state_of(world).agreement_seconds
     return cast(dist.ProcessGroup, group)
 
 
-def _meet(world: dist.ProcessGroup, members: tuple[int, ...], timeout: timedelta) -> None:
+def _meet(world: dist.ProcessGroup, members: tuple[int, ...], seconds: float) -> None:
     """Wait until every member asks for the same group, so that a rank that errs is named."""
     store = world.get_group_store()
     asked = f"nnscaler_ring/group/{','.join(map(str, members))}/"
-    latest = "nnscaler_ring/group_asked_by/"
     me = dist.get_rank()
-    store.set(f"{latest}{me}", str(list(members)))
     store.set(f"{asked}{me}", "")
-    seconds = min(AGREEMENT_SECONDS, timeout.total_seconds())
     missing = wait_for_keys(store, [f"{asked}{rank}" for rank in members], seconds)
     if missing:
         store.delete_key(f"{asked}{me}")
         absent = [members[n] for n in missing]
-        others = [
-            f"rank {rank} asked for {store.get(f'{latest}{rank}').decode()}"
-            for rank in absent
-            if store.check([f"{latest}{rank}"])
-        ]
         raise ValueError(
             f"process_group must be the same on all its ranks: rank {me} asks for "
             f"{list(members)}, but rank(s) {absent} did not within {seconds:g} s"
-            + (f" ({'; '.join(others)})." if others else ".")
+            f"{latest_requests(absent)}; if ranks start far apart, raise the bound with "
+            "nnscaler_ring.set_agreement_timeout(torch.distributed.group.WORLD, ...)."
         )
+
+
+def _publish_request(ranks: tuple[int, ...]) -> None:
+    """Leave word of the group that this rank wants, for ranks that wait for it elsewhere."""
+    store = cast(dist.ProcessGroup, dist.group.WORLD).get_group_store()
+    store.set(f"{_LATEST_REQUEST}{dist.get_rank()}", str(list(ranks)))
+
+
+def latest_requests(ranks: Iterable[int]) -> str:
+    """Which new group each of these ranks asked for last, to end a message with; may be empty."""
+    store = cast(dist.ProcessGroup, dist.group.WORLD).get_group_store()
+    found = [
+        f"rank {rank} last asked for process_group={store.get(f'{_LATEST_REQUEST}{rank}').decode()}"
+        for rank in ranks
+        if store.check([f"{_LATEST_REQUEST}{rank}"])
+    ]
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def answer_within(seconds: float, ask: Callable[[], T]) -> T:
+    """What `ask` returns or raises.
+
+    Torch's timeouts do not hold for a TCPStore whose host has stopped: a read never returns. So
+    whoever reads from a store does it in a thread that may be left behind.
+
+    Raises:
+        RuntimeError: nothing for that long.
+    """
+    answers: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(ask())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="nnscaler_ring store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise RuntimeError(f"the store gave no answer for {seconds:g} s")
+    return answers[0]
 
 
 def wait_for_keys(store: dist.Store, keys: Sequence[str], seconds: float) -> list[int]:
@@ -257,12 +321,19 @@ def group_timeout(group: dist.ProcessGroup) -> timedelta:
 
 def group_of(string: str) -> dist.ProcessGroup:
     """The process group of a group string."""
-    return c10d._resolve_process_group(cast("c10d.GroupName", string.partition(":")[0]))
+    name = cast("c10d.GroupName", string.partition(":")[0])
+    try:
+        return c10d._resolve_process_group(name)
+    except RuntimeError as error:
+        raise ValueError(f"process_group {name!r} must be alive, but was destroyed.") from error
 
 
 def group_state(string: str) -> GroupState:
     """What this process remembers of the group."""
-    group = group_of(string)
+    return _state_of(group_of(string))
+
+
+def _state_of(group: dist.ProcessGroup) -> GroupState:
     if group not in _STATES:
         _STATES[group] = GroupState()
     return _STATES[group]
@@ -312,8 +383,15 @@ def set_agreement_timeout(process_group: ProcessGroupLike, seconds: float) -> No
     """How long this rank waits for the others of the group when they compare a new plan.
 
     5 s unless set; never longer than the group's own timeout. Raise it where ranks may reach the
-    first call far apart, for example after compiling for different times.
+    first call far apart, for example after compiling for different times. Groups made from ranks
+    take the bound of the default group, `torch.distributed.group.WORLD`, which also limits how long
+    their members wait for each other to make them.
     """
+    if not isinstance(seconds, Real) or isinstance(seconds, bool):
+        raise TypeError(f"seconds must be a number, got {seconds!r}.")
     if not seconds > 0:
         raise ValueError(f"seconds must be > 0, got {seconds}.")
-    group_state(group_string(process_group)).agreement_seconds = seconds
+    string = group_string(process_group)
+    if string == ALONE:
+        raise ValueError("process_group must be a group, got None: one device waits for nobody.")
+    group_state(string).agreement_seconds = float(seconds)

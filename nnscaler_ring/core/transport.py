@@ -84,21 +84,19 @@ class Transport:
                     dist.P2POp(call, tensor, group=self.place.group, group_peer=peer, tag=tag)
                 )
                 direction = "sending to" if call is dist.isend else "receiving from"
-                whats.append(
-                    f"{self.op}: {direction} rank {self.place.global_rank(block)} ({kind})"
-                )
+                whats.append(f"{direction} rank {self.place.global_rank(block)} ({kind})")
         self._count(kind, sends)
         if not operations:
             return Transfer([], [])
+        together = "; ".join(dict.fromkeys(whats))
         try:
             works = dist.batch_isend_irecv(operations)
         except RuntimeError as error:
-            raise RuntimeError(f"{self.op}: {kind} messages failed: {error}") from error
+            raise RuntimeError(f"{self.op}: {together} failed: {error}") from error
         if len(works) != len(whats):  # NCCL returns one work for the whole batch
-            whats = ["; ".join(whats)] * len(works)
-        return Transfer(
-            list(zip(works, whats, strict=True)), [message.tensor for message in operations]
-        )
+            whats = [together] * len(works)
+        named = [(work, f"{self.op}: {what}") for work, what in zip(works, whats, strict=True)]
+        return Transfer(named, [message.tensor for message in operations])
 
     def all_gather(self, kind: Kind, x: Tensor) -> Tensor:
         """[world_size, *x.shape]: every block's x, all of one shape, in block order."""
@@ -126,7 +124,10 @@ class Transport:
         try:
             collective(output, x, group=self.place.group)
         except RuntimeError as error:
-            raise RuntimeError(f"{self.op}: {kind} collective failed: {error}") from error
+            ranks = [self.place.global_rank(block) for block in range(self.place.world_size)]
+            raise RuntimeError(
+                f"{self.op}: {kind} collective of ranks {ranks} failed: {error}"
+            ) from error
 
     def _count(self, kind: Kind, sends: Sequence[Message]) -> None:
         if self.traffic is None:

@@ -1,0 +1,1 @@
+"""Measurements of nnscaler_ring; see benchmarks/README.md."""

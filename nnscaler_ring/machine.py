@@ -1,0 +1,98 @@
+"""What this machine offers: versions, devices, and which kernels can compute what on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nnscaler_ring.core.kernels import Problem, kernel_refusals, select_kernel
+
+PACKAGES = ("torch", "nnscaler", "flash-attn", "transformer-engine", "triton")
+"""What changes results or speed; looked up, never imported: an import may take seconds or fail."""
+
+
+def package_versions() -> dict[str, str | None]:
+    """Version of each package; None where it is not installed."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def devices() -> dict[str, Any]:
+    """Processors, threads, GPUs and the backends that ranks can talk over."""
+    available = dist.is_available()
+    return {
+        "platform": platform.platform(),
+        "cpu": platform.machine(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
+        "backends": [
+            name for name in ("gloo", "nccl") if available and dist.is_backend_available(name)
+        ],
+    }
+
+
+def device_name(device: str) -> str:
+    """One line for reports."""
+    if device == "cuda":
+        return torch.cuda.get_device_name(0)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {platform.system()}"
+
+
+def device_types() -> list[str]:
+    """The device types that this machine has."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def typical_problems() -> list[Problem]:
+    """Calls as current models make them, with 32 heads on 8 KV heads, on each device type."""
+    return [
+        _problem(device_type, dtype, head_dim)
+        for device_type in device_types()
+        for dtype in (torch.float32, torch.bfloat16)
+        for head_dim in (64, 128)
+    ]
+
+
+def _problem(device_type: str, dtype: torch.dtype, head_dim: int) -> Problem:
+    return Problem(
+        device_type, dtype, num_heads=32, num_kv_heads=8, head_dim=head_dim, v_head_dim=head_dim
+    )
+
+
+def kernel_table() -> list[dict[str, Any]]:
+    """For each typical problem: each kernel's refusal, or None; and what kernel="auto" takes."""
+    return [
+        {
+            "device": problem.device_type,
+            "dtype": str(problem.dtype).removeprefix("torch."),
+            "head_dim": problem.head_dim,
+            "refusals": kernel_refusals(problem),
+            "auto": auto_kernel(problem),
+        }
+        for problem in typical_problems()
+    ]
+
+
+def auto_kernel(problem: Problem) -> str | None:
+    """The kernel that kernel="auto" takes, None where it finds none."""
+    try:
+        return select_kernel("auto", problem).name
+    except ValueError:
+        return None
+
+
+def usable_kernel(problem: Problem) -> str:
+    """What kernel="auto" takes, else "reference", which computes anything slowly."""
+    return auto_kernel(problem) or "reference"

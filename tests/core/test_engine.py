@@ -1,0 +1,166 @@
+"""The two loops, with all ranks in one process: an exchange that just hands out the shards."""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from nnscaler_ring.core.engine import attention_backward, attention_forward
+from nnscaler_ring.core.exchange import GradientStep, Keys
+from nnscaler_ring.core.kernels.reference import Reference
+from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
+from nnscaler_ring.core.row_sum import RowSum
+from tests.core.kernels.test_reference import one_thread  # noqa: F401
+from tests.core.test_exchange import dense_results, engine_inputs
+from tests.core.test_schedule import Problem, dense_problem, random_problems
+from tests.tolerances import assert_close_float64
+
+SCALE = 0.4
+
+
+class InOneProcess:
+    """A KVExchange for one rank of many that live in the same process."""
+
+    def __init__(self, problem: Problem, rank: int, ks: list[Tensor], vs: list[Tensor]) -> None:
+        self.tiles = [problem.schedule.tiles(rank, (source,)) for source in problem.ranks]
+        self.ks, self.vs = ks, vs
+        self.sums = [(RowSum(k), RowSum(v)) for k, v in zip(ks, vs, strict=True)]
+
+    def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
+        for keys in zip(self.ks, self.vs, self.tiles, strict=True):
+            yield Keys(*keys)
+
+    def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
+        for *keys, sums in zip(self.ks, self.vs, self.tiles, self.sums, strict=True):
+            yield GradientStep(*keys, *sums)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        return self.sums[0][0].current(), self.sums[0][1].current()
+
+
+def shards_of(tokens: list[list[int]], x: Tensor, dim: int = 1) -> list[Tensor]:
+    return [x.index_select(dim, torch.tensor(t, dtype=torch.int64)) for t in tokens]
+
+
+def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, kernel) -> list[list]:
+    """Per rank out, lse, dq; the sums of dk and dv of every rank's rows over all ranks."""
+    qs, douts = (shards_of(problem.q_tokens, x) for x in (q, dout))
+    ks, vs = (shards_of(problem.k_tokens, x) for x in (k, v))
+    dks, dvs = ([torch.zeros_like(x) for x in shards] for shards in (ks, vs))
+    outs, lses, dqs = [], [], []
+    for rank in problem.ranks:
+        options = {"kernel": kernel, "softmax_scale": SCALE}
+        exchange = InOneProcess(problem, rank, ks, vs)
+        mine = qs[rank], ks[rank], vs[rank]
+        out, lse = attention_forward(*mine, exchange=exchange, **options)
+        dq, _, _ = attention_backward(douts[rank], *mine, out, lse, exchange=exchange, **options)
+        for source, (dk, dv) in enumerate(exchange.sums):
+            dks[source] += dk.current()
+            dvs[source] += dv.current()
+        outs.append(out)
+        lses.append(lse)
+        dqs.append(dq)
+    return [outs, lses, dqs, dks, dvs]
+
+
+def check(problem: Problem, seed: int, batch: int, kernel) -> None:
+    q, k, v, dout = engine_inputs(seed, problem, batch)
+    expected = dense_results(problem, q, k, v, dout)
+    found = run(problem, q, k, v, dout, kernel)
+    for n, name in enumerate(("out", "lse", "dq", "dk", "dv")):
+        tokens = problem.k_tokens if n > 2 else problem.q_tokens
+        for rank, wanted in enumerate(shards_of(tokens, expected[n], 2 if name == "lse" else 1)):
+            assert_close_float64(found[n][rank], wanted, f"{name} of {rank}: {problem.what}")
+
+
+@pytest.mark.parametrize("kernel", [Reference(), TorchCpu()], ids=lambda k: k.name)
+def test_any_layout_mask_and_packing_equals_dense(kernel):
+    for seed, problem in enumerate(random_problems(21, 100)):
+        check(problem, seed, 1 + seed % 2, kernel)
+
+
+class LocalNormaliser(Reference):
+    """What a tile's backward must not do: take the out and lse of the tile alone."""
+
+    def backward(self, dout, q, k, v, out, softmax_lse, **options):
+        return super().backward(dout, q, k, v, *self.forward(q, k, v, **options), **options)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+def test_gradients_of_tiles_need_the_global_lse(layout):
+    """Right with the merged out and lse; wrong with the tile's own, so the test above can tell."""
+    problem = dense_problem(layout, layout, (8, 8, 8), True, (-1, -1))
+    check(problem, 0, 1, Reference())
+    with pytest.raises(AssertionError, match="dq of"):
+        check(problem, 0, 1, LocalNormaliser())
+
+
+class Spy(Reference):
+    """Keeps what every backward call was given."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def backward(self, dout, q, k, v, out, softmax_lse, **options):
+        self.given.append((q, out, softmax_lse))
+        return super().backward(dout, q, k, v, out, softmax_lse, **options)
+
+
+def test_every_tile_is_given_the_merged_out_and_lse_of_its_rows():
+    problem = dense_problem("zigzag", "contiguous", (8, 8, 8), True, (-1, -1))
+    q, k, v, dout = engine_inputs(3, problem, 2)
+    kernel = Spy()
+    outs, lses, *_ = run(problem, q, k, v, dout, kernel)
+    calls = iter(kernel.given)
+    for rank in problem.ranks:
+        for source in problem.ranks:
+            for tile in problem.schedule.tiles(rank, (source,)):
+                _, out, lse = next(calls)
+                assert torch.equal(out, outs[rank][:, tile.q])
+                assert torch.equal(lse, lses[rank][..., tile.q])
+    assert next(calls, None) is None
+
+
+@pytest.mark.parametrize("kernel", [Reference(), TorchCpu()], ids=lambda k: k.name)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [(-1, -1), (4, 0)], ids=str)
+def test_results_are_contiguous_in_the_dtype_of_the_inputs(kernel, dtype, window):
+    """One block or many, adopted or merged, heads before rows in memory or not."""
+    for lens in ((20,), (9, 0, 11), (0, 0)):
+        problem = dense_problem("contiguous", "contiguous", lens, True, window)
+        tensors = [x.to(dtype) for x in engine_inputs(1, problem, 2)]
+        for strided in (False, True):
+            if strided:
+                tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+            outs, lses, dqs, *_ = run(problem, *tensors, kernel)
+            for rank, (out, lse, dq) in enumerate(zip(outs, lses, dqs, strict=True)):
+                n = lens[rank]
+                assert out.shape == (2, n, 4, 3) and dq.shape == (2, n, 4, 5)
+                assert lse.shape == (2, 4, n)
+                assert out.dtype == dq.dtype == dtype
+                assert lse.dtype == (dtype if dtype == torch.float64 else torch.float32)
+                assert all(x.is_contiguous() for x in (out, lse, dq))
+
+
+def test_a_rank_without_rows_calls_no_kernel():
+    class Refuses:
+        def forward(self, *args, **options):
+            raise AssertionError("an empty tile went to the kernel")
+
+        backward = forward
+
+    problem = dense_problem("contiguous", "contiguous", (0, 0), False, (-1, -1))
+    for x in run(problem, *engine_inputs(0, problem, 2), Refuses()):
+        assert all(shard.numel() == 0 for shard in x)
+
+
+def test_inputs_are_left_as_they_are():
+    """Results are adopted and added to in place; what the caller passed is not theirs."""
+    rng = random.Random(1)
+    for problem in random_problems(22, 10):
+        tensors = engine_inputs(rng.randint(0, 9), problem, 1)
+        copies = [x.clone() for x in tensors]
+        run(problem, *tensors, TorchCpu())
+        assert all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True))

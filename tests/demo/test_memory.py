@@ -1,0 +1,32 @@
+"""Peak memory of a passage, by both ways of measuring it."""
+
+import pytest
+import torch
+
+from nnscaler_ring.demo import memory
+from nnscaler_ring.demo.memory import CLEAR_REFS, peak_memory
+
+MIB = 2**20
+
+
+def allocate() -> None:
+    kept = torch.ones(24 * MIB // 4)
+    del kept
+    first, second = torch.ones(16 * MIB // 4), torch.ones(16 * MIB // 4)
+    del first, second
+
+
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="needs Linux")
+def test_resident_memory():
+    with peak_memory(torch.device("cpu")) as peak:
+        allocate()
+    assert peak.method == "resident memory of the process"
+    assert 31 * MIB < peak.bytes < 40 * MIB
+
+
+def test_bytes_of_tensors(monkeypatch):
+    monkeypatch.setattr(memory, "_reset_resident_peak", lambda: False)
+    with peak_memory(torch.device("cpu")) as peak:
+        allocate()
+    assert peak.method.startswith("bytes of tensors")
+    assert 32 * MIB <= peak.bytes < 33 * MIB

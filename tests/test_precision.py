@@ -1,0 +1,108 @@
+"""Ranks add next to no rounding error: float32, bfloat16 and float16 against one device."""
+
+import itertools
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.cases import Case, run_case
+from tests.core.kernels.test_reference import one_thread  # noqa: F401
+from tests.oracle import dense_gradients
+from tests.ranks import RankPool
+from tests.tolerances import RATIO_MIN_TOKENS, assert_as_good_as_one_device
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOKENS = 1080  # divides by 1 to 4 ranks
+NAMES = ("out", "dq", "dk", "dv")
+DOCUMENTS = (0, 700, 1001, 1002, TOKENS)
+
+assert TOKENS >= RATIO_MIN_TOKENS
+
+
+def case_of(op: str, world_size: int, *, causal: bool, exchange: str) -> Case:
+    lens = (TOKENS // world_size,) * world_size
+    return Case(
+        op=op,
+        exchange=exchange,
+        world_size=world_size,
+        causal=causal,
+        window_size=(-1, -1),
+        heads=(2, 1),
+        shard_lens=lens,
+        shard_lens_k=lens,
+        cu_seqlens_q=DOCUMENTS if op == "varlen" else None,
+        cu_seqlens_k=DOCUMENTS if op == "varlen" else None,
+        v_head_dim=32,
+        head_dim=32,
+        kernel="torch_cpu",
+        seed=2,
+    )
+
+
+def one_device(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """out, dq, dk, dv of F.scaled_dot_product_attention, document by document."""
+    q, k, v, dout = case.inputs(dtype)
+    if case.op != "varlen":
+        return _attend(q, k, v, dout, case.causal)
+    pieces = []
+    for start, stop in itertools.pairwise(DOCUMENTS):
+        tensors = (x[None, start:stop] for x in (q, k, v, dout))
+        pieces.append([x[0] for x in _attend(*tensors, case.causal)])
+    return [torch.cat(x) for x in zip(*pieces, strict=True)]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> list[Tensor]:
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, enable_gqa=True
+    ).transpose(1, 2)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+
+def run_all(ranks: list[int], cases: list[tuple[Case, torch.dtype]]) -> list[list[Tensor]]:
+    """On one rank: out, dq, dk, dv of its rows."""
+    block = ranks.index(torch.distributed.get_rank())
+    group = ranks if len(ranks) > 1 else None
+    results = []
+    for case, dtype in cases:
+        out, _, *gradients = run_case(case, block, group, dtype)
+        results.append([out, *gradients])
+    return results
+
+
+@lru_cache
+def references(op: str, causal: bool, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """out, dq, dk, dv in float64 and by one device; the same for any number of ranks."""
+    case = case_of(op, 1, causal=causal, exchange="direct")
+    dense = dense_gradients(
+        *case.inputs(dtype),
+        causal=causal,
+        cu_seqlens_q=case.cu_seqlens_q,
+        cu_seqlens_k=case.cu_seqlens_k,
+    )
+    return [dense[0], *dense[2:]], one_device(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "exchange"),
+    [(1, "direct"), (2, "direct"), (3, "direct"), (4, "direct"), (4, "ring"), (4, "all_gather")],
+)
+def test_several_ranks_are_as_good_as_one_device(
+    pool: RankPool, world_size: int, exchange: str
+) -> None:
+    cases = [
+        (case_of(op, world_size, causal=causal, exchange=exchange), dtype)
+        for op, causal in (("ring", True), ("zigzag", True), ("varlen", True), ("ring", False))
+        for dtype in DTYPES
+    ]
+    shards = pool.run(world_size, run_all, cases, timeout=120)
+    for number, (case, dtype) in enumerate(cases):
+        expected, reference = references(case.op, case.causal, dtype)
+        for n, name in enumerate(NAMES):
+            actual = torch.cat([shard[number][n] for shard in shards], -3)
+            assert_as_good_as_one_device(
+                actual, reference[n], expected[n], f"{name} of {case} in {dtype}"
+            )
