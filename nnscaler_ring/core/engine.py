@@ -42,7 +42,7 @@ def attention_forward(
     """
     partial = PartialOutput(q, v.shape[-1])
     for step in exchange.steps(k, v):
-        for tile in step.tiles:
+        for tile in kernel.calls(step.tiles):
             block_out, block_lse = kernel.forward(
                 q[:, tile.q],
                 step.k[:, tile.k],
@@ -70,7 +70,7 @@ def attention_backward(
     """(dq, dk, dv) of this rank's rows. See Note [Global out and softmax_lse]."""
     dq = RowSum(q)
     for step in exchange.gradient_steps(k, v):
-        for tile in step.tiles:
+        for tile in kernel.calls(step.tiles):
             block_dq, block_dk, block_dv = kernel.backward(
                 dout[:, tile.q],
                 q[:, tile.q],

@@ -27,7 +27,7 @@ from nnscaler_ring.core.schedule import Rows, Schedule, Step, message_steps, row
 from nnscaler_ring.core.tile import Tile
 from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
 
-KEYS_PER_MESSAGE = 2048
+KEYS_PER_MESSAGE = 1536
 """Tokens of the longest shard per message; see Note [Memory is set by the message]."""
 
 

@@ -1,17 +1,21 @@
 """Attention kernels: one tile on one device, behind one protocol. Kernels never import each other.
 
-A new kernel is one file with a class that has these four members, and one line in `_load`.
+A new kernel is one file with a class that has the members of `AttentionKernel`, and a `case` in
+`_load`.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from nnscaler_ring.core.tile import Tile
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +43,18 @@ class AttentionKernel(Protocol):
     """Attention of one trimmed tile, q [b, nq, h, d], k [b, nk, h_kv, d], v [b, nk, h_kv, dv].
 
     `window` is flash-attn's `(left, right)`: bottom-right aligned, -1 for unbounded. Every query
-    row sees at least one key (Note [Trimmed tiles] in tile.py). nq and nk are at least 1.
+    row sees at least one key (Note [Trimmed tiles] in tile.py). nq and nk are at least 1. The
+    tiles that reach `forward` and `backward` are those that `calls` returned.
     """
 
     name: str
 
     def supports(self, problem: Problem) -> str | None:
         """None if the kernel can do it, else the reason why it cannot."""
+        ...
+
+    def calls(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        """The same pairs as trimmed tiles that this kernel computes in one call each."""
         ...
 
     def forward(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from nnscaler_ring.core.kernels import Problem
 from nnscaler_ring.core.online_softmax import accumulation_dtype
+from nnscaler_ring.core.tile import Tile
 
 
 class Reference:
@@ -19,6 +22,10 @@ class Reference:
         if problem.deterministic and problem.device_type == "cuda":
             return "its CUDA matrix products promise no bitwise repeatability"
         return None
+
+    def calls(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        """Any band is one call."""
+        return tiles
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, window: tuple[int, int]

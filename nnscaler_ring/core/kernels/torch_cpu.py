@@ -12,17 +12,14 @@ Note [A band in fused calls]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nnscaler_ring.core.kernels import Problem
-from nnscaler_ring.core.online_softmax import PartialOutput
-from nnscaler_ring.core.row_sum import RowSum
 from nnscaler_ring.core.tile import UNBOUNDED, Tile, trim
 
 aten = torch.ops.aten
@@ -30,14 +27,6 @@ aten = torch.ops.aten
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BLOCK_ROWS = 256
 """Query rows of a block of a band: the fused kernel runs at a fraction of its rate below that."""
-
-
-class FusedCall(NamedTuple):
-    """One call of the fused kernel: the rows and keys of `tile`; at most one of the two masks."""
-
-    tile: Tile
-    is_causal: bool
-    masked: bool
 
 
 class TorchCpu:
@@ -53,27 +42,24 @@ class TorchCpu:
             return f"it computes in {', '.join(map(str, DTYPES))}, not in {problem.dtype}"
         return None
 
+    def calls(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        """Full, causal and small masked blocks: Note [A band in fused calls]."""
+        return [call for tile in tiles for call in fused_calls(tile)]
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, window: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """One fused call, or the merge of a few."""
+        """One call of the fused kernel."""
         v_head_dim = v.shape[-1]
-        q, k, v = _to_kernel(q, k, v)
-        partial = PartialOutput(q, q.shape[-1])
-        for call in fused_calls(q.shape[1], k.shape[1], window):
-            tile = call.tile
-            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-                q[:, tile.q].transpose(1, 2),
-                k[:, tile.k].transpose(1, 2),
-                v[:, tile.k].transpose(1, 2),
-                0.0,
-                call.is_causal,
-                attn_mask=_mask(call, q.dtype),
-                scale=softmax_scale,
-            )
-            partial.merge_(tile.q, out.transpose(1, 2), lse)
-        out, softmax_lse = partial.current()
-        return out[..., :v_head_dim], softmax_lse
+        is_causal, mask = _masking(q, k, window)
+        out, softmax_lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            *(x.transpose(1, 2) for x in _to_kernel(q, k, v)),
+            0.0,
+            is_causal,
+            attn_mask=mask,
+            scale=softmax_scale,
+        )
+        return out.transpose(1, 2)[..., :v_head_dim], softmax_lse
 
     def backward(
         self,
@@ -87,51 +73,30 @@ class TorchCpu:
         softmax_scale: float,
         window: tuple[int, int],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same calls as the forward; several calls' gradients are summed in float32."""
-        head_dims = q.shape[-1], k.shape[-1], v.shape[-1]
-        dout, q, k, v, out = _to_kernel(dout, q, k, v, out)
-        sums = RowSum(q), RowSum(k), RowSum(v)
-        for call in fused_calls(q.shape[1], k.shape[1], window):
-            tile = call.tile
-            dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout[:, tile.q].transpose(1, 2),
-                q[:, tile.q].transpose(1, 2),
-                k[:, tile.k].transpose(1, 2),
-                v[:, tile.k].transpose(1, 2),
-                out[:, tile.q].transpose(1, 2),
-                softmax_lse[..., tile.q],
-                0.0,
-                call.is_causal,
-                attn_mask=_mask(call, q.dtype),
-                scale=softmax_scale,
-            )
-            for total, rows, block in zip(
-                sums, (tile.q, tile.k, tile.k), (dq, dk, dv), strict=True
-            ):
-                total.take_(rows, block.transpose(1, 2))
+        """One call of the fused kernel's backward."""
+        is_causal, mask = _masking(q, k, window)
+        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(x.transpose(1, 2) for x in _to_kernel(dout, q, k, v, out)),
+            softmax_lse,
+            0.0,
+            is_causal,
+            attn_mask=mask,
+            scale=softmax_scale,
+        )
         dq, dk, dv = (
-            total.current()[..., :dim] for total, dim in zip(sums, head_dims, strict=True)
+            gradient.transpose(1, 2)[..., : x.shape[-1]]
+            for gradient, x in zip(gradients, (q, k, v), strict=True)
         )
         return dq, dk, dv
 
 
-@lru_cache(maxsize=1024)
-def fused_calls(nq: int, nk: int, window: tuple[int, int]) -> tuple[FusedCall, ...]:
-    """The fused calls that together compute a tile, each visible pair in exactly one of them.
-
-    Args:
-        nq: query rows of the tile, at least 1.
-        nk: keys of the tile, at least 1.
-        window: the tile's band, bottom-right aligned, -1 for unbounded.
-    """
-    left, right = window
-    lo = -UNBOUNDED if left < 0 else nk - nq - left
-    hi = UNBOUNDED if right < 0 else nk - nq + right
-    tile = trim(Tile(0, nq, 0, nk, lo, hi))
-    return tuple(_calls(tile)) if tile else ()
+@lru_cache(maxsize=4096)
+def fused_calls(tile: Tile) -> tuple[Tile, ...]:
+    """The tile as tiles that the fused kernel computes, each pair in exactly one of them."""
+    return tuple(_calls(tile))
 
 
-def _calls(tile: Tile) -> Iterator[FusedCall]:
+def _calls(tile: Tile) -> Iterator[Tile]:
     q0, q1, k0, k1, lo, hi = tile
     if lo == -UNBOUNDED:
         yield from _causal_calls(tile)
@@ -143,37 +108,36 @@ def _calls(tile: Tile) -> Iterator[FusedCall]:
         seen_by_all = max(k0, stop - 1 + lo), min(k1, start + hi + 1)
         if seen_by_all[1] - seen_by_all[0] <= 2 * BLOCK_ROWS:
             if box := trim(block):
-                yield _masked_call(box)
+                yield box
             continue
         if corner := trim(block._replace(k1=seen_by_all[0])):
-            yield _masked_call(corner)
+            yield corner
         if rest := trim(block._replace(k0=seen_by_all[0])):
             yield from _causal_calls(rest)
 
 
-def _causal_calls(tile: Tile) -> Iterator[FusedCall]:
+def _causal_calls(tile: Tile) -> Iterator[Tile]:
     """A tile without a left edge: a full block, then a causal one; either may be missing."""
-    if tile.hi == UNBOUNDED:
-        yield FusedCall(tile, is_causal=False, masked=False)
-        return
     diagonal = tile.q0 + tile.hi
-    if diagonal > tile.k0:
-        yield FusedCall(tile._replace(k1=diagonal, hi=UNBOUNDED), is_causal=False, masked=False)
-    yield FusedCall(tile._replace(k0=diagonal), is_causal=True, masked=False)
+    if tile.hi == UNBOUNDED or diagonal == tile.k0:
+        yield tile
+        return
+    yield tile._replace(k1=diagonal, hi=UNBOUNDED)
+    if causal := trim(tile._replace(k0=diagonal)):
+        yield causal
 
 
-def _masked_call(tile: Tile) -> FusedCall:
-    return FusedCall(tile, is_causal=False, masked=tile.lo != -UNBOUNDED or tile.hi != UNBOUNDED)
-
-
-def _mask(call: FusedCall, dtype: torch.dtype) -> Tensor | None:
-    if not call.masked:
-        return None
-    tile = call.tile
-    corner = tile.k0 - tile.q0
-    return _band_mask(
-        tile.q1 - tile.q0, tile.k1 - tile.k0, tile.lo - corner, tile.hi - corner, dtype
-    )
+def _masking(q: Tensor, k: Tensor, window: tuple[int, int]) -> tuple[bool, Tensor | None]:
+    """(is_causal, attn_mask) of one call."""
+    if window == (-1, -1):
+        return False, None
+    nq, nk = q.shape[1], k.shape[1]
+    left, right = window
+    lo = -UNBOUNDED if left < 0 else nk - nq - left
+    hi = UNBOUNDED if right < 0 else nk - nq + right
+    if lo == -UNBOUNDED and hi == 0:
+        return True, None
+    return False, _band_mask(nq, nk, lo, hi, q.dtype)
 
 
 @lru_cache(maxsize=16)
