@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import shutil
 import signal
 import socket
 import tempfile
@@ -145,10 +146,10 @@ class _Processes:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = Path(self.folder.name) / "store"
+        folder = Path(self.folder.name)
         for rank in range(self.world_size):
             mine, theirs = context.Pipe()
-            job = _Job(rank, self.world_size, self.device, store.as_uri(), self.timeout_seconds)
+            job = _Job(rank, self.world_size, self.device, folder, self.timeout_seconds)
             process = context.Process(
                 target=_serve, args=(theirs, job, self.fn, self.args), daemon=True
             )
@@ -206,7 +207,7 @@ class _Job:
     rank: int
     world_size: int
     device: str
-    store: str
+    folder: Path
     timeout_seconds: float
 
     @contextmanager
@@ -222,7 +223,7 @@ class _Job:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         dist.init_process_group(
             BACKENDS[self.device],
-            init_method=self.store,
+            init_method=(self.folder / "store").as_uri(),
             rank=self.rank,
             world_size=self.world_size,
             timeout=timedelta(seconds=self.timeout_seconds),
@@ -235,7 +236,7 @@ class _Job:
 def _serve(connection: Connection, job: _Job, fn: Callable[..., Any], args: Sequence[Any]) -> None:
     """The life of a rank."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends the ranks
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(job.folder,), daemon=True).start()
     torch.set_num_threads(1)
 
     def send(kind: str, value: Any) -> None:
@@ -258,8 +259,9 @@ def _wait_for_end(connection: Connection) -> None:
         return
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: Path) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from nnscaler_ring.core.agreement import refusing_together
 from nnscaler_ring.core.attention import context_parallel_attention
-from nnscaler_ring.core.checks import check_dim, check_shard_lens, check_zigzag_layout
+from nnscaler_ring.core.checks import (
+    check_dim,
+    check_own_length,
+    check_shard_lens,
+    check_total,
+    check_zigzag_layout,
+)
 from nnscaler_ring.core.groups import find_place, group_string
 from nnscaler_ring.core.layout import LAYOUTS, Zigzag
 from nnscaler_ring.core.ops import relayout_op
@@ -137,8 +143,7 @@ def zigzag_positions(
     Returns:
         int64 [tokens of this rank].
     """
-    if total_tokens < 0:
-        raise ValueError(f"total_tokens must be >= 0, got {total_tokens}.")
+    check_total("total_tokens", total_tokens)
     place = find_place(group_string(process_group))
     spans = Zigzag(total_tokens, place.world_size).spans(place.block)
     runs = [torch.arange(s.position, s.position + s.length, device=device) for s in spans]
@@ -159,6 +164,8 @@ def _relayout(
     with refusing_together(group, op):
         dim = check_dim(x, dim)
         lens = check_shard_lens("shard_lens", shard_lens, place.world_size)
+        if lens and place.world_size == 1:
+            check_own_length("shard_lens", lens, place.block, x.shape[dim])
     if place.world_size == 1:
         return x
     everybody = lens or [x.shape[dim]] * place.world_size

@@ -24,7 +24,7 @@ def run(*args: str):
 
 def python(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *args], cwd=ROOT, text=True, capture_output=True, timeout=60, check=False
+        [sys.executable, *args], cwd=ROOT, text=True, capture_output=True, timeout=180, check=False
     )
 
 

@@ -70,16 +70,19 @@ def test_a_failing_rank_is_shown_and_the_others_end(fn, message):
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-def test_ranks_end_with_their_parent():
+def test_ranks_end_with_their_parent(tmp_path):
     program = (
         "from nnscaler_ring.launch import run_ranks\n"
         "from tests.test_launch import print_pid_and_sleep\n"
         "if __name__ == '__main__':\n"
         "    run_ranks(2, print_pid_and_sleep, on_report=lambda r, pid: print(pid, flush=True))\n"
     )
-    root = Path(__file__).parents[1]
     parent = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=root
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
     )
     assert parent.stdout is not None
     with parent:
@@ -89,6 +92,7 @@ def test_ranks_end_with_their_parent():
     while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in pids if is_running(pid)]
+    assert not list(tmp_path.iterdir())
 
 
 def is_running(pid: int) -> bool:

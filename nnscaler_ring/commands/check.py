@@ -53,7 +53,9 @@ def _progress(console: Console) -> Progress:
 def _table(errors: dict[Case, float]) -> Table:
     """A row for each op, mask and exchange, a column of largest errors for each dtype."""
     names = (_name(dtype) for dtype in LIMITS)
-    table = Table("op", "exchange", "mask", *names, "ok", box=rich.box.SIMPLE)
+    table = Table(
+        "op", "exchange", "mask", *names, "ok", box=rich.box.SIMPLE, pad_edge=False, show_edge=False
+    )
     by_row: dict[tuple[str, str, str], dict[Case, float]] = {}
     for case, error in errors.items():
         by_row.setdefault((case.op, case.exchange, case.mask), {})[case] = error
@@ -75,8 +77,8 @@ def _name(dtype: object) -> str:
 def _verdict(cases: int, wrong: int, ranks: int, seconds: float) -> str:
     if wrong:
         return f"[bold red]{wrong} of {cases} calls are off.[/]"
+    over = "1 rank" if ranks == 1 else f"{ranks} ranks"
     return (
-        f"[bold green]All {cases} calls over {ranks} {'rank' if ranks == 1 else 'ranks'} equal "
-        "dense attention: "
+        f"[bold green]All {cases} calls over {over} equal dense attention: "
         f"out, softmax_lse, dq, dk, dv.[/] {seconds:.1f} s"
     )

@@ -73,7 +73,7 @@ def context_parallel_attention(
         mask = checks.check_mask(causal, window_size)
         scale = checks.check_scale(softmax_scale, q.shape[-1])
         if packed:
-            checks.check_cu_seqlens_tensors(cu_seqlens_q, cu_seqlens_k)
+            checks.check_cu_seqlens_tensors(q, cu_seqlens_q, cu_seqlens_k)
         compute_len = q.shape[-3]
         if shard_lens is not None or shard_lens_k is not None:
             place = find_place(group)

@@ -168,6 +168,14 @@ def check_zigzag_layout(layout: str) -> None:
         raise ValueError(f"layout must be 'contiguous' or 'zigzag', got {layout!r}.")
 
 
+def check_total(name: str, total: int) -> None:
+    """A number of tokens."""
+    if not _is_int(total):
+        raise TypeError(f"{name} must be an int, got {total!r}.")
+    if total < 0:
+        raise ValueError(f"{name} must be >= 0, got {total}.")
+
+
 def check_dim(x: Tensor, dim: int) -> int:
     """`dim` as a non-negative dimension of x."""
     if not isinstance(x, Tensor):
@@ -179,7 +187,7 @@ def check_dim(x: Tensor, dim: int) -> int:
     return dim % x.dim()
 
 
-def check_cu_seqlens_tensors(cu_seqlens_q: object, cu_seqlens_k: object) -> None:
+def check_cu_seqlens_tensors(q: Tensor, cu_seqlens_q: object, cu_seqlens_k: object) -> None:
     """Type and shape of both; their values are checked by `check_cu_seqlens_values`."""
     documents = []
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
@@ -194,6 +202,8 @@ def check_cu_seqlens_tensors(cu_seqlens_q: object, cu_seqlens_k: object) -> None
                 f"{name} must be [documents + 1] for at least one document, "
                 f"got shape {list(cu.shape)}."
             )
+        if cu.is_meta and not q.is_meta:
+            raise ValueError(f"{name} must hold values, got a meta tensor; keep it on the CPU.")
         documents.append(cu.shape[0] - 1)
     if documents[0] != documents[1]:
         raise ValueError(

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.engine import attention_backward, attention_forward
+from nnscaler_ring.core.exchange import GradientStep, Keys
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.kernels.reference import Reference
+from nnscaler_ring.core.row_sum import RowSum
 from nnscaler_ring.core.tile import Tile, trim
 from tests.core.test_schedule import random_problems
 from tests.core.test_tile import random_tile
@@ -61,15 +64,39 @@ def inputs(
     return q, k, v, make_dout(seed, q, v)
 
 
+class OneDevice:
+    """An exchange of a rank that has all keys: its tiles, and nothing to send."""
+
+    def __init__(self, *tiles: Tile) -> None:
+        self.tiles = tiles
+
+    def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
+        yield Keys(k, v, self.tiles)
+
+    def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
+        self.sums = RowSum(k), RowSum(v)
+        yield GradientStep(k, v, self.tiles, *self.sums)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        dk, dv = self.sums
+        return dk.current(), dv.current()
+
+
+def tile_of(shape: Shape) -> Tile:
+    tile = trim(Tile(0, shape.nq, 0, shape.nk, *_band(shape)))
+    assert tile is not None, shape
+    return tile
+
+
 def check_tile(
     kernel: AttentionKernel, shape: Shape, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
 ) -> None:
     """Forward and backward of one tile that is a whole attention, against the oracle."""
     expected = dense_gradients(q, k, v, dout, softmax_scale=SCALE, window_size=shape.window)
-    options = {"softmax_scale": SCALE, "window": shape.window}
-    out, lse = kernel.forward(q, k, v, **options)
-    # As the engine passes them on: merged, in q's dtype.
-    grads = kernel.backward(dout, q, k, v, out.to(q.dtype).contiguous(), lse, **options)
+    options = {"softmax_scale": SCALE, "kernel": kernel}
+    one_device = OneDevice(tile_of(shape))
+    out, lse = attention_forward(q, k, v, exchange=one_device, **options)
+    grads = attention_backward(dout, q, k, v, out, lse, exchange=one_device, **options)
     names = ("out", "lse", "dq", "dk", "dv")
     for name, actual, wanted in zip(names, (out, lse, *grads), expected, strict=True):
         what = f"{name} of {kernel.name}, {shape}, {q.shape}, {k.shape}, {v.shape}"
@@ -83,26 +110,14 @@ def check_tile(
 def check_shares(kernel: AttentionKernel, shape: Shape, cut: int) -> None:
     """Tiles of the keys before and after `cut`, with the global out and lse: sums are exact."""
     q, k, v, dout = inputs(shape)
-    tile = Tile(0, shape.nq, 0, shape.nk, *_band(shape))
+    tile = tile_of(shape)
     expected = dense_gradients(q, k, v, dout, softmax_scale=SCALE, window_size=shape.window)
     out, lse = expected[:2]
-    totals = [torch.zeros_like(x) for x in (q, k, v)]
-    for part in (trim(tile._replace(k1=cut)), trim(tile._replace(k0=cut))):
-        if part is None:
-            continue
-        grads = kernel.backward(
-            dout[:, part.q],
-            q[:, part.q],
-            k[:, part.k],
-            v[:, part.k],
-            out[:, part.q],
-            lse[..., part.q],
-            softmax_scale=SCALE,
-            window=part.window(),
-        )
-        for total, rows, grad in zip(totals, (part.q, part.k, part.k), grads, strict=True):
-            total[:, rows] += grad
-    for name, actual, wanted in zip(("dq", "dk", "dv"), totals, expected[2:], strict=True):
+    parts = [trim(tile._replace(k1=cut)), trim(tile._replace(k0=cut))]
+    shares = OneDevice(*(part for part in parts if part))
+    options = {"exchange": shares, "kernel": kernel, "softmax_scale": SCALE}
+    grads = attention_backward(dout, q, k, v, out, lse, **options)
+    for name, actual, wanted in zip(("dq", "dk", "dv"), grads, expected[2:], strict=True):
         assert_close_float64(actual, wanted, f"{name} of {kernel.name}, {shape} cut at key {cut}")
 
 
@@ -120,8 +135,9 @@ def check_large_logits(kernel: AttentionKernel, dtype: torch.dtype) -> None:
     k = (levels / 4).view(1, 6, 1, 1).expand(1, 6, 1, 4).contiguous()
     v = torch.arange(24, dtype=dtype).view(1, 6, 1, 4)
     dout = torch.ones(1, 6, 2, 4, dtype=dtype)
-    options = {"softmax_scale": 1.0, "window": (2, 1)}
-    out, lse = kernel.forward(q, k, v, **options)
+    one_device = OneDevice(tile_of(Shape(6, 6, (2, 1))))
+    options = {"exchange": one_device, "kernel": kernel, "softmax_scale": 1.0}
+    out, lse = attention_forward(q, k, v, **options)
     expected, expected_lse = dense_attention(q, k, v, softmax_scale=1.0, window_size=(2, 1))
     if dtype == torch.float64:
         assert_close_float64(out, expected, "out")
@@ -129,7 +145,7 @@ def check_large_logits(kernel: AttentionKernel, dtype: torch.dtype) -> None:
     else:
         assert_close_relative(out.to(dtype), expected, "out")
         assert_close_relative(lse, expected_lse, "lse")
-    grads = kernel.backward(dout, q, k, v, out.to(dtype).contiguous(), lse, **options)
+    grads = attention_backward(dout, q, k, v, out, lse, **options)
     assert all(bool(torch.isfinite(grad).all()) for grad in grads)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.kernels import torch_cpu
 from nnscaler_ring.core.kernels.torch_cpu import BLOCK_ROWS, TorchCpu, fused_calls
+from nnscaler_ring.core.tile import Tile
 from tests.core.kernels.test_reference import (
     DTYPES,
     HEAD_DIMS,
@@ -20,6 +21,7 @@ from tests.core.kernels.test_reference import (
     one_thread,  # noqa: F401
     random_shapes,
     scheduled_shapes,
+    tile_of,
 )
 
 KERNEL = TorchCpu()
@@ -49,24 +51,39 @@ def seen(shape: Shape) -> Tensor:
 def check_calls(shape: Shape, block_rows: int) -> None:
     """Each visible pair in exactly one call; no row of a call sees nothing; masks are small."""
     painted = torch.zeros(shape.nq, shape.nk, dtype=torch.int32)
-    for call in fused_calls(*shape):
-        tile = call.tile
-        rows, keys = tile.q1 - tile.q0, tile.k1 - tile.k0
+    for call in fused_calls(tile_of(shape)):
+        rows, keys = call.q1 - call.q0, call.k1 - call.k0
         assert rows > 0 and keys > 0, f"the fused kernel dies of empty tensors: {call}"
-        assert not (call.is_causal and call.masked), call
-        # What the fused kernel does with the call: top-left causal, the additive mask, or all.
-        inside = torch.ones(rows, keys, dtype=torch.bool)
-        if call.is_causal:
-            inside = inside.tril()
-        if call.masked:
+        inside = seen_by_kernel(call)
+        if is_masked(call):
             # Both corners of a block and the keys between them, at most two blocks of each.
             assert rows <= block_rows and keys <= 4 * block_rows, (shape, call)
-            mask = torch_cpu._mask(call, torch.float32)
-            assert set(mask.unique().tolist()) <= {0.0, -torch.inf}
-            inside = mask == 0
         assert bool(inside.any(1).all()), f"a row of a call sees nothing: {shape}, {call}"
-        painted[tile.q, tile.k] += inside
+        painted[call.q, call.k] += inside
     assert torch.equal(painted, seen(shape).int()), shape
+
+
+def seen_by_kernel(call: Tile) -> Tensor:
+    """What the fused kernel does with a call: top-left causal, the additive mask, or all."""
+    rows, keys = call.q1 - call.q0, call.k1 - call.k0
+    is_causal, mask = _masking_of(call)
+    assert not is_causal or mask is None, call
+    inside = torch.ones(rows, keys, dtype=torch.bool)
+    if is_causal:
+        return inside.tril()
+    if mask is None:
+        return inside
+    assert set(mask.unique().tolist()) <= {0.0, -torch.inf}
+    return mask == 0
+
+
+def is_masked(call: Tile) -> bool:
+    return _masking_of(call)[1] is not None
+
+
+def _masking_of(call: Tile) -> tuple[bool, Tensor | None]:
+    q, k = torch.empty(1, call.q1 - call.q0, 1, 1), torch.empty(1, call.k1 - call.k0, 1, 1)
+    return torch_cpu._masking(q, k, call.window())
 
 
 def test_calls_hold_each_pair_once(small_blocks):
@@ -88,26 +105,28 @@ def test_calls_hold_each_pair_once_at_full_block_size(rows):
 
 
 def test_usual_tiles_are_one_call():
-    assert len(fused_calls(1000, 1000, (-1, 0))) == 1
-    assert len(fused_calls(1000, 3000, (-1, -1))) == 1
-    assert len(fused_calls(3000, 1000, (-1, -1))) == 1
+    for shape in (
+        Shape(1000, 1000, (-1, 0)),
+        Shape(1000, 3000, (-1, -1)),
+        Shape(3000, 1000, (-1, -1)),
+    ):
+        assert fused_calls(tile_of(shape)) == (tile_of(shape),)
 
 
 def test_a_causal_tile_with_earlier_keys_is_a_full_and_a_causal_call():
-    calls = fused_calls(1000, 3000, (-1, 0))
-    assert [(call.tile[:4], call.is_causal, call.masked) for call in calls] == [
-        ((0, 1000, 0, 2000), False, False),
-        ((0, 1000, 2000, 3000), True, False),
-    ]
+    full, causal = fused_calls(tile_of(Shape(1000, 3000, (-1, 0))))
+    assert full[:4] == (0, 1000, 0, 2000) and _masking_of(full) == (False, None)
+    assert causal[:4] == (0, 1000, 2000, 3000) and _masking_of(causal) == (True, None)
 
 
 def test_a_wide_band_masks_its_corners_only():
     """Keys that all rows of a block see go without a mask, however many there are."""
-    calls = [call for call in fused_calls(2048, 2048, (1500, 0)) if call.tile.q0 >= 1536]
-    masked = [call for call in calls if call.masked]
+    tile = tile_of(Shape(2048, 2048, (1500, 0)))
+    calls = [call for call in fused_calls(tile) if call.q0 >= 1536]
+    masked = [call for call in calls if is_masked(call)]
     assert masked and len(masked) < len(calls)
     for call in masked:
-        assert call.tile.k1 - call.tile.k0 <= BLOCK_ROWS
+        assert call.k1 - call.k0 <= BLOCK_ROWS
 
 
 @pytest.mark.parametrize("dims", HEAD_DIMS)
