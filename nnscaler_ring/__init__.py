@@ -3,15 +3,17 @@
 Importing this package imports torch and the standard library only.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from nnscaler_ring import ring_attn, ring_attn_varlen, zigzag_attn
 from nnscaler_ring.core.groups import Traffic, set_agreement_timeout, traffic
-from nnscaler_ring.ring_attn import wrap_ring_attn_func
-from nnscaler_ring.ring_attn_varlen import wrap_ring_attn_varlen_func
-from nnscaler_ring.zigzag_attn import (
-    wrap_zigzag_attn_func,
-    zigzag_positions,
-    zigzag_shard,
-    zigzag_unshard,
-)
+from nnscaler_ring.nnscaler_hook import register_when_imported
+from nnscaler_ring.zigzag_attn import zigzag_positions, zigzag_shard, zigzag_unshard
+
+if TYPE_CHECKING:
+    from nnscaler_ring.ring_attn import wrap_ring_attn_func
+    from nnscaler_ring.ring_attn_varlen import wrap_ring_attn_varlen_func
+    from nnscaler_ring.zigzag_attn import wrap_zigzag_attn_func
 
 __version__ = "0.1.0"
 
@@ -26,3 +28,24 @@ __all__ = [
     "zigzag_shard",
     "zigzag_unshard",
 ]
+
+# Looked up in their modules at every access: while nnScaler traces a model it replaces them there,
+# and `nnscaler_ring.wrap_ring_attn_func(...)` in a model must find the replacement.
+_OPS = {
+    "wrap_ring_attn_func": ring_attn,
+    "wrap_ring_attn_varlen_func": ring_attn_varlen,
+    "wrap_zigzag_attn_func": zigzag_attn,
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OPS:
+        return getattr(_OPS[name], name)
+    raise AttributeError(f"module 'nnscaler_ring' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OPS})
+
+
+register_when_imported()

@@ -1,0 +1,112 @@
+"""nnScaler without a GPU: compile, run, train and resume its plans on CPU ranks over gloo.
+
+    with nnscaler_on_cpu():                       # under torchrun, on every rank
+        nnscaler.init()
+        model = nnscaler.parallelize(..., compute_config=ComputeConfig(2, 2, trace_strategy="cpu"))
+        ...                                       # as on GPUs
+
+nnScaler itself stays as it is: it asks torch.cuda for its device, and inside the block torch.cuda
+answers for the CPU. For trying plans and for tests; it is slow, and autocast stays CUDA's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(hours=6)
+"""As long as nnScaler itself gives its process group: code generation may take that long."""
+
+
+@contextmanager
+def nnscaler_on_cpu() -> Iterator[None]:
+    """Inside, nnScaler runs on the CPU; under torchrun a gloo group is made if there is none.
+
+    Everything is undone on exit. Build models and call `nnscaler.init()` inside, and pass
+    `trace_strategy="cpu"` to ComputeConfig. Process-wide: not for some threads only.
+
+    Raises:
+        RuntimeError: CUDA is available; run nnScaler there.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "nnscaler_on_cpu() is for machines without CUDA, and CUDA is available here; leave it "
+            "out, or hide the GPUs with CUDA_VISIBLE_DEVICES=''."
+        )
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in SUBSTITUTIONS]
+    for owner, name, substitute in SUBSTITUTIONS:
+        setattr(owner, name, substitute)
+    joined = False
+    try:
+        joined = _join_gloo()
+        yield
+    finally:
+        for owner, name, original in before:
+            setattr(owner, name, original)
+        if joined and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join_gloo() -> bool:
+    """Make the default group before nnScaler would make one with NCCL; whether that was needed."""
+    if dist.is_initialized() or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    return True
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """For what has no meaning on the CPU: streams, synchronisation, statistics."""
+
+
+def _zero(*_: object, **__: object) -> int:
+    return 0
+
+
+def _cpu(*_: object, **__: object) -> torch.device:
+    return torch.device("cpu")
+
+
+def _one(*_: object, **__: object) -> int:
+    return 1
+
+
+def _this_tensor(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return x
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _memory_info(*_: object, **__: object) -> tuple[int, int]:
+    return _memory_bytes(), _memory_bytes()
+
+
+def _properties(*_: object, **__: object) -> SimpleNamespace:
+    # torch's compiler asks for gcnArchName.
+    return SimpleNamespace(name="cpu", total_memory=_memory_bytes(), gcnArchName="")
+
+
+SUBSTITUTIONS: tuple[tuple[Any, str, Any], ...] = (
+    # What every program of nnScaler calls.
+    (torch.cuda, "set_device", _nothing),
+    (torch.cuda, "current_device", _cpu),
+    (torch.cuda, "default_stream", _nothing),
+    (torch.cuda, "synchronize", _nothing),
+    (torch.cuda, "get_device_properties", _properties),
+    (torch.Tensor, "cuda", _this_tensor),
+    # What the profiler of the autodist policy calls beside those.
+    (torch.cuda, "device_count", _one),
+    (torch.cuda, "mem_get_info", _memory_info),
+    (torch.cuda, "max_memory_allocated", _zero),
+    (torch.cuda, "reset_peak_memory_stats", _nothing),
+)
+"""(owner, name, what stands in for it while `nnscaler_on_cpu` is entered)."""

@@ -1,0 +1,374 @@
+"""The public attention functions as nnScaler operators: once, for every op in `OPS`.
+
+nnScaler traces a model that calls an op on whole tensors, partitions the call, and generates code
+in which every rank calls the op on its part. It needs to know which dimensions may be partitioned
+(the annotation) and, where the sequence is, which ranks hold the other blocks (the emission).
+
+Note [Who holds the other blocks]
+    The ranks of a partitioned call are read from its sub-calls: each says which part of q it
+    computes and on which devices. Sub-calls that differ in their tokens alone form a group, ordered
+    by tokens. So any nesting of plans and any assignment of devices is served: heads or batch
+    beside the sequence, strided groups, replicas (the n-th holder of every block goes together) and
+    several scale units (all device ids move by the same offset). Two calls on the same q are told
+    apart by their results. nnScaler passes no graph to the emission; it is found on the stack of
+    nnScaler's code generator.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public function as nnScaler sees it; its signature is its name in plans and constraints.
+
+    Batch, tokens and heads may be partitioned; `packed` has no batch, and cu_seqlens after q, k, v.
+    """
+
+    module: str
+    name: str
+    packed: bool = False
+
+    @property
+    def signature(self) -> str:
+        """nnScaler's name of the op, in policies and constraint files."""
+        return f"{self.module}.{self.name}"
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The parameters that are nnScaler's inputs."""
+        return ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k") if self.packed else ("q", "k", "v")
+
+    @property
+    def token_dim(self) -> int:
+        """The dimension of q, k and v that the sequence lies along."""
+        return 0 if self.packed else 1
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The public function."""
+        function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.name)
+        return function
+
+
+OPS = (
+    Op("nnscaler_ring.ring_attn", "wrap_ring_attn_func"),
+    Op("nnscaler_ring.zigzag_attn", "wrap_zigzag_attn_func"),
+    Op("nnscaler_ring.ring_attn_varlen", "wrap_ring_attn_varlen_func", packed=True),
+)
+"""Every op that nnScaler may partition. A new one is one line."""
+
+
+def register() -> None:
+    """Tell nnScaler of every op in `OPS`; ops that it knows already stay as they are."""
+    from nnscaler.graph.parser.register import CustomizedOps
+
+    accepted = inspect.signature(CustomizedOps.register).parameters
+    for op in OPS:
+        if CustomizedOps.exist(op.signature):
+            continue
+        options: dict[str, Any] = {"emit_fn": emit, "input_gen_fn": partial(sample_inputs, op)}
+        if "fake_fn" in accepted:  # since 0.9
+            options["fake_fn"] = partial(trace, op)
+        CustomizedOps.register(
+            op.signature, partial(create, op), f"import {op.module}", op.function, **options
+        )
+
+
+def create(op: Op, *args: Any, signature: str, **kwargs: Any) -> Any:
+    """nnScaler's node of one call; also of every sub-call that a partition makes of it."""
+    from nnscaler.graph.function.dimops import IRDimops
+    from nnscaler.ir.cten import IRTensor
+
+    arguments = bind(op, args, kwargs)
+    tensors = [arguments.pop(name) for name in op.tensors]
+    refuse_arguments(op, arguments, lambda value: isinstance(value, IRTensor))
+    for name, x in zip(op.tensors, tensors, strict=True):
+        if not isinstance(x, IRTensor):
+            raise TypeError(f"{op.name}: {name} must be a tensor, got {type(x).__name__}.")
+    return_lse = bool(_value(arguments.get("return_lse", False)))
+    annotation = annotate(op, [tuple(x.shape) for x in tensors], return_lse=return_lse)
+    return IRDimops(partial(create, op), op.name, signature, [annotation], tensors, **arguments)
+
+
+def bind(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, as Python itself would bind them."""
+    try:
+        return dict(inspect.signature(op.function).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise TypeError(f"{op.name}: {error}") from None
+
+
+def refuse_arguments(
+    op: Op, arguments: dict[str, Any], is_tensor: Callable[[object], bool]
+) -> None:
+    """Arguments that nnScaler decides itself, or that it could not partition."""
+    for name, value in arguments.items():
+        if is_tensor(value):
+            raise ValueError(
+                f"{op.name}: {name} must be None under nnScaler, got a tensor: the op is "
+                f"partitioned by {', '.join(op.tensors)} alone; leave {name} out."
+            )
+    for name, remedy in (
+        ("process_group", "nnScaler's plan decides which ranks work together"),
+        ("shard_lens", "nnScaler's shards are all equal"),
+        ("shard_lens_k", "nnScaler's shards are all equal"),
+    ):
+        if _value(arguments.get(name)) is not None:
+            raise ValueError(
+                f"{op.name}: {name} must be None under nnScaler, got {arguments[name]!r}: "
+                f"{remedy}; leave it out."
+            )
+
+
+def annotate(op: Op, shapes: Sequence[tuple[int, ...]], *, return_lse: bool) -> str:
+    """nnScaler's annotation of a call with inputs of these shapes.
+
+    Batch b, tokens l and the heads may be partitioned, head dims not. KV heads g and the m query
+    heads of each are partitioned together; with one KV head the query heads alone are.
+    """
+    q, k, v = shapes[:3]
+    rank = 3 if op.packed else 4
+    for name, shape in zip(("q", "k", "v"), (q, k, v), strict=True):
+        if len(shape) != rank:
+            raise ValueError(
+                f"{op.name}: {name} must have {rank} dimensions, got shape {list(shape)}."
+            )
+    if q[:-2] != k[:-2]:
+        raise ValueError(
+            f"{op.name}: under nnScaler k must have q's {'tokens' if op.packed else 'batch and'}"
+            f"{'' if op.packed else ' tokens'}, {list(q[:-2])}, got {list(k[:-2])}: one plan "
+            "shards them together; pad the packed keys with a document of their own, or call the "
+            "op outside parallelize()."
+        )
+    num_heads, num_kv_heads = q[-2], k[-2]
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"{op.name}: num_heads of q must be a multiple of num_kv_heads, got {num_heads} and "
+            f"{num_kv_heads}."
+        )
+    heads, kv_heads = {
+        num_heads: ("h", "h"),
+        1: ("h", "1"),
+    }.get(num_kv_heads, (f"(g {num_heads // num_kv_heads})", "g"))
+    batch = "" if op.packed else "b "
+    inputs = [f"{batch}l {heads} d^", f"{batch}l {kv_heads} d^", f"{batch}l {kv_heads} e^"]
+    inputs += ["n^"] * (len(op.tensors) - 3)
+    outputs = [f"{batch}l {heads} e^"]
+    if return_lse:
+        outputs.append(f"{batch}{heads} l")
+    return f"{', '.join(inputs)} -> {', '.join(outputs)}"
+
+
+def emit(
+    node: Any,
+    args: Sequence[str],
+    kwargs: dict[str, str],
+    runtime_devid: int,
+    plan_ndevs: int,
+    runtime_ndevs: int,
+) -> str:
+    """The code of one (sub-)call on one rank: the public function with its process_group."""
+    op = next(op for op in OPS if op.signature == node.signature)
+    mine, whole = node.input(0).indmap, node.input(0).parent.shape
+    ranks = None
+    if tuple(mine[op.token_dim]) != (0, whole[op.token_dim]):
+        device = runtime_devid % plan_ndevs
+        blocks = find_blocks(
+            op.name,
+            _ranges(mine),
+            [(_ranges(n.input(0).indmap), tuple(n.device)) for n in _sub_calls(node)],
+            token_dim=op.token_dim,
+            total=whole[op.token_dim],
+        )
+        offset = runtime_devid - device
+        ranks = tuple(rank + offset for rank in group_of_device(op.name, blocks, device))
+        if _value(node.kwargs.get("layout", "contiguous")) != "contiguous":
+            raise ValueError(
+                f"{op.name}: layout must be 'contiguous' where nnScaler partitions the sequence, "
+                f"got {node.kwargs['layout']!r}: its shards are contiguous, and the op moves the "
+                "rows itself; leave layout out."
+            )
+    refuse_split_dropout(op, node.kwargs, mine, whole)
+    options = {**kwargs, "process_group": repr(ranks)}
+    call = [*args, *(f"{name}={value}" for name, value in options.items())]
+    return f"{node.signature}({', '.join(call)})"
+
+
+def refuse_split_dropout(
+    op: Op, kwargs: dict[str, Any], mine: Sequence[Range], whole: Sequence[int]
+) -> None:
+    """Dropout draws by global head and batch row, which a part of them does not know."""
+    split = [n for n, r in enumerate(mine) if tuple(r) != (0, whole[n]) and n != op.token_dim]
+    if _value(kwargs.get("dropout_p", 0.0)) and split:
+        raise ValueError(
+            f"{op.name}: dropout_p must be 0.0 where nnScaler partitions batch or heads, got "
+            f"{kwargs['dropout_p']} and q partitioned along dim {split[0]}: the parts would drop "
+            "the same positions; partition the sequence alone."
+        )
+
+
+class Blocks(NamedTuple):
+    """The token ranges of a group in order, and the devices that hold each of them."""
+
+    ranges: tuple[Range, ...]
+    holders: tuple[tuple[int, ...], ...]
+
+
+def find_blocks(
+    name: str,
+    mine: tuple[Range, ...],
+    parts: Sequence[tuple[tuple[Range, ...], tuple[int, ...]]],
+    *,
+    token_dim: int,
+    total: int,
+) -> Blocks:
+    """The blocks of the sequence that belong with `mine`. See Note [Who holds the other blocks].
+
+    Args:
+        mine: the part of q that a sub-call computes, as one range per dimension.
+        parts: the same for every sub-call of the call, with its devices.
+        total: tokens of the whole sequence.
+
+    Raises:
+        ValueError: the blocks are not equal parts of the whole sequence, or one device holds two.
+    """
+
+    def others(ranges: tuple[Range, ...]) -> tuple[Range, ...]:
+        return ranges[:token_dim] + ranges[token_dim + 1 :]
+
+    holders: dict[Range, list[int]] = {}
+    for ranges, devices in parts:
+        if others(ranges) == others(mine):
+            holders.setdefault(ranges[token_dim], []).extend(devices)
+    ordered = sorted(holders)
+    blocks = Blocks(tuple(ordered), tuple(tuple(sorted(holders[r])) for r in ordered))
+    plan = "; ".join(
+        f"tokens {start} to {stop} on device(s) {list(devices)}"
+        for (start, stop), devices in zip(blocks.ranges, blocks.holders, strict=True)
+    )
+    remedy = "partition the call with graph.partition() along q's tokens, or nnscaler_ring.policies"
+    ends = [0, *(stop for _, stop in ordered)]
+    if [start for start, _ in ordered] + [total] != ends:
+        raise ValueError(
+            f"{name}: the plan must hold every token of {total} once per group, got {plan}; "
+            f"{remedy}."
+        )
+    if len({stop - start for start, stop in ordered}) > 1:
+        raise ValueError(f"{name}: the plan must have equal blocks, got {plan}; {remedy}.")
+    if len({len(devices) for devices in blocks.holders}) > 1:
+        raise ValueError(
+            f"{name}: the plan must hold every block as many times as the others, got {plan}; "
+            f"{remedy}, with all blocks replicated alike."
+        )
+    everybody = [device for devices in blocks.holders for device in devices]
+    if len(set(everybody)) < len(everybody):
+        raise ValueError(
+            f"{name}: the plan must not give a device two blocks of one call, got {plan}; assign "
+            "each sub-node a device of its own."
+        )
+    return blocks
+
+
+def group_of_device(name: str, blocks: Blocks, device: int) -> tuple[int, ...]:
+    """The devices that compute together with this one, in block order."""
+    for devices in blocks.holders:
+        if device in devices:
+            return tuple(others[devices.index(device)] for others in blocks.holders)
+    raise ValueError(f"{name}: device {device} holds no block of the plan {blocks}.")
+
+
+def _sub_calls(node: Any) -> Iterator[Any]:
+    """All sub-calls of the call that `node` is a part of, itself included."""
+    from nnscaler.ir.operator import IRFwOperation
+
+    for other in _graph_being_emitted(node).select(ntype=IRFwOperation):
+        if (
+            other.signature == node.signature
+            and other.output(0).parent == node.output(0).parent
+            and other.input(0).parent == node.input(0).parent
+        ):
+            yield other
+
+
+def _graph_being_emitted(node: Any) -> Any:
+    frame = sys._getframe()
+    while frame is not None:
+        generator = frame.f_locals.get("self")
+        graph = getattr(getattr(generator, "execplan", None), "graph", None)
+        if graph is not None:
+            return graph
+        frame = frame.f_back  # type: ignore[assignment]
+    raise ValueError(
+        f"{node.signature}: the sequence cannot be partitioned: this version of nnScaler generates "
+        "code in a way that hides the plan; partition batch or heads, or use nnScaler 0.8 or 0.9."
+    )
+
+
+def trace(op: Op, *args: Any, **kwargs: Any) -> Any:
+    """What the tracer runs instead of the op: all checks, the shapes, and nothing computed.
+
+    The whole sequence lies on one device while nnScaler traces, where attention itself would take
+    the time of the whole model.
+    """
+    arguments = bind(op, args, kwargs)
+    options = {name: value for name, value in arguments.items() if name not in op.tensors}
+    refuse_arguments(op, options, lambda value: isinstance(value, Tensor))
+    tensors = [arguments[name] for name in op.tensors]
+    with torch.no_grad():
+        shapes = op.function(
+            *(x.to("meta") if isinstance(x, Tensor) else x for x in tensors), **options
+        )
+    # Zero, but connected to q, k and v, so that the tracer sees what needs a gradient.
+    zero = sum(x.flatten()[:1].sum() * 0 for x in tensors[:3])
+    outputs = [
+        torch.zeros(x.shape, dtype=x.dtype, device=tensors[0].device) + zero.to(x.dtype)  # type: ignore[union-attr]
+        for x in (shapes if isinstance(shapes, tuple) else (shapes,))
+    ]
+    return tuple(outputs) if isinstance(shapes, tuple) else outputs[0]
+
+
+def sample_inputs(op: Op, node: Any) -> tuple[Tensor, ...]:
+    """Inputs with which nnScaler's profiler may time a (sub-)call.
+
+    A packed call whose sequence is partitioned gets keys and values of full length, as the rank
+    that holds the last block reads them; cu_seqlens are one document.
+    """
+    device = torch.cuda.current_device()
+    q = node.input(0)
+    dim = op.token_dim
+    whole = q.parent.shape[dim]
+    samples = []
+    for name, x in zip(op.tensors, node.inputs(), strict=True):
+        shape = list(x.shape)
+        if name in ("cu_seqlens_q", "cu_seqlens_k"):
+            tokens = q.shape[dim] if name == "cu_seqlens_q" else whole
+            samples.append(torch.tensor([0] + [tokens] * (shape[0] - 1), dtype=x.dtype))
+            continue
+        if op.packed and name in ("k", "v"):
+            shape[dim] = whole
+        samples.append(
+            torch.randn(shape, dtype=x.dtype, device=device, requires_grad=x.requires_grad)
+        )
+    return tuple(samples)
+
+
+def _ranges(indmap: Any) -> tuple[Range, ...]:
+    return tuple((int(start), int(stop)) for start, stop in indmap)
+
+
+def _value(x: Any) -> Any:
+    """The value of a constant that nnScaler wraps because it comes from traced data."""
+    return getattr(x, "value", x)
