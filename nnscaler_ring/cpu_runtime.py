@@ -11,6 +11,7 @@ answers for the CPU. For trying plans and for tests; it is slow, and autocast st
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ def nnscaler_on_cpu() -> Iterator[None]:
     `trace_strategy="cpu"` to ComputeConfig. Process-wide: not for some threads only.
 
     Raises:
+        ImportError: nnScaler is not installed.
         RuntimeError: CUDA is available; run nnScaler there.
     """
     if torch.cuda.is_available():
@@ -40,6 +42,8 @@ def nnscaler_on_cpu() -> Iterator[None]:
             "nnscaler_on_cpu() is for machines without CUDA, and CUDA is available here; leave it "
             "out, or hide the GPUs with CUDA_VISIBLE_DEVICES=''."
         )
+    # First, because torch's compiler, which it imports, takes stock of torch.cuda.
+    importlib.import_module("nnscaler")
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in SUBSTITUTIONS]
     for owner, name, substitute in SUBSTITUTIONS:
         setattr(owner, name, substitute)

@@ -7,11 +7,10 @@ in which every rank calls the op on its part. It needs to know which dimensions 
 Note [Who holds the other blocks]
     The ranks of a partitioned call are read from its sub-calls: each says which part of q it
     computes and on which devices. Sub-calls that differ in their tokens alone form a group, ordered
-    by tokens. So any nesting of plans and any assignment of devices is served: heads or batch
-    beside the sequence, strided groups, replicas (the n-th holder of every block goes together) and
-    several scale units (all device ids move by the same offset). Two calls on the same q are told
-    apart by their results. nnScaler passes no graph to the emission; it is found on the stack of
-    nnScaler's code generator.
+    by tokens. So any nesting of plans is served: heads or batch beside the sequence, strided
+    groups, replicas (the n-th holder of every block goes together) and several scale units (all
+    device ids move by the same offset). Two calls on the same q are told apart by their results.
+    nnScaler passes no graph to the emission; it is found on the stack of its code generator.
 """
 
 from __future__ import annotations
@@ -182,41 +181,81 @@ def emit(
 ) -> str:
     """The code of one (sub-)call on one rank: the public function with its process_group."""
     op = next(op for op in OPS if op.signature == node.signature)
-    mine, whole = node.input(0).indmap, node.input(0).parent.shape
+    mine, whole = _ranges(node.input(0).indmap), tuple(node.input(0).parent.shape)
+    split_dims = [n for n, part in enumerate(mine) if part != (0, whole[n])]
+    calls = list(_sub_calls(node)) if split_dims else []
+    refuse_split_dropout(op, node.kwargs, split_dims)
+    for x in range(1, 3):
+        sums = [n.input(x) for n in calls if n.input(x).grad is not None]
+        refuse_mixed_sums(
+            op.name,
+            op.tensors[x],
+            [
+                (_ranges(n.input(x).indmap), tuple(n.device))
+                for n in (calls if any(tuple(y.grad.valmap) != (0, 1) for y in sums) else ())
+            ],
+        )
     ranks = None
-    if tuple(mine[op.token_dim]) != (0, whole[op.token_dim]):
+    if op.token_dim in split_dims:
         device = runtime_devid % plan_ndevs
         blocks = find_blocks(
             op.name,
-            _ranges(mine),
-            [(_ranges(n.input(0).indmap), tuple(n.device)) for n in _sub_calls(node)],
+            mine,
+            [(_ranges(n.input(0).indmap), tuple(n.device)) for n in calls],
             token_dim=op.token_dim,
             total=whole[op.token_dim],
         )
         offset = runtime_devid - device
         ranks = tuple(rank + offset for rank in group_of_device(op.name, blocks, device))
-        if _value(node.kwargs.get("layout", "contiguous")) != "contiguous":
-            raise ValueError(
-                f"{op.name}: layout must be 'contiguous' where nnScaler partitions the sequence, "
-                f"got {node.kwargs['layout']!r}: its shards are contiguous, and the op moves the "
-                "rows itself; leave layout out."
-            )
-    refuse_split_dropout(op, node.kwargs, mine, whole)
+        refuse_zigzag_order(op, node.kwargs)
     options = {**kwargs, "process_group": repr(ranks)}
     call = [*args, *(f"{name}={value}" for name, value in options.items())]
     return f"{node.signature}({', '.join(call)})"
 
 
-def refuse_split_dropout(
-    op: Op, kwargs: dict[str, Any], mine: Sequence[Range], whole: Sequence[int]
-) -> None:
-    """Dropout draws by global head and batch row, which a part of them does not know."""
-    split = [n for n, r in enumerate(mine) if tuple(r) != (0, whole[n]) and n != op.token_dim]
-    if _value(kwargs.get("dropout_p", 0.0)) and split:
+def refuse_zigzag_order(op: Op, kwargs: dict[str, Any]) -> None:
+    """nnScaler's blocks are contiguous, so the caller's layout must be too."""
+    if _value(kwargs.get("layout", "contiguous")) != "contiguous":
+        raise ValueError(
+            f"{op.name}: layout must be 'contiguous' where nnScaler partitions the sequence, got "
+            f"{kwargs['layout']!r}: its shards are contiguous, and the op moves the rows itself; "
+            "leave layout out."
+        )
+
+
+def refuse_split_dropout(op: Op, kwargs: dict[str, Any], split_dims: Sequence[int]) -> None:
+    """Dropout draws by global batch row and head, which a part of them does not know."""
+    others = [dim for dim in split_dims if dim != op.token_dim]
+    if _value(kwargs.get("dropout_p", 0.0)) and others:
         raise ValueError(
             f"{op.name}: dropout_p must be 0.0 where nnScaler partitions batch or heads, got "
-            f"{kwargs['dropout_p']} and q partitioned along dim {split[0]}: the parts would drop "
+            f"{kwargs['dropout_p']} and q partitioned along dim {others[0]}: the parts would drop "
             "the same positions; partition the sequence alone."
+        )
+
+
+def refuse_mixed_sums(
+    name: str, tensor: str, parts: Sequence[tuple[tuple[Range, ...], tuple[int, ...]]]
+) -> None:
+    """Plans for which nnScaler's own gradient sums come back in the wrong order.
+
+    Where sub-calls share a part of k (one KV head, query heads partitioned), nnScaler scatters the
+    sum of its gradients over the devices that share it and gathers all parts by device number. The
+    rows are right only if the devices of every part follow those of the part before.
+
+    Args:
+        parts: the ranges and devices of every sub-call, where gradients are summed.
+    """
+    holders: dict[tuple[Range, ...], list[int]] = {}
+    for ranges, devices in parts:
+        holders.setdefault(ranges, []).extend(devices)
+    order = [device for ranges in sorted(holders) for device in sorted(holders[ranges])]
+    if order != sorted(order):
+        plan = "; ".join(f"{list(r)} on {sorted(holders[r])}" for r in sorted(holders))
+        raise ValueError(
+            f"{name}: the plan must give devices that share a part of {tensor} numbers in a row, "
+            f"got ranges and devices {plan}: nnScaler would mix up the gradient of {tensor}; "
+            "partition the sequence or the batch first and the heads last."
         )
 
 
@@ -243,7 +282,8 @@ def find_blocks(
         total: tokens of the whole sequence.
 
     Raises:
-        ValueError: the blocks are not equal parts of the whole sequence, or one device holds two.
+        ValueError: the blocks are not equal parts of the whole sequence, a device holds two, or
+            blocks are not in the order of their devices.
     """
 
     def others(ranges: tuple[Range, ...]) -> tuple[Range, ...]:
@@ -274,6 +314,13 @@ def find_blocks(
             f"{remedy}, with all blocks replicated alike."
         )
     everybody = [device for devices in blocks.holders for device in devices]
+    columns = zip(*blocks.holders, strict=True)
+    if any(list(column) != sorted(column) for column in columns):
+        raise ValueError(
+            f"{name}: the plan must put later blocks on devices with higher numbers, got {plan}: "
+            "nnScaler's own collectives hand out blocks by device number; assign sub-nodes to "
+            "devices in order."
+        )
     if len(set(everybody)) < len(everybody):
         raise ValueError(
             f"{name}: the plan must not give a device two blocks of one call, got {plan}; assign "
@@ -334,7 +381,7 @@ def trace(op: Op, *args: Any, **kwargs: Any) -> Any:
     # Zero, but connected to q, k and v, so that the tracer sees what needs a gradient.
     zero = sum(x.flatten()[:1].sum() * 0 for x in tensors[:3])
     outputs = [
-        torch.zeros(x.shape, dtype=x.dtype, device=tensors[0].device) + zero.to(x.dtype)  # type: ignore[union-attr]
+        torch.zeros(x.shape, dtype=x.dtype, device=tensors[0].device) + zero.to(x.dtype)
         for x in (shapes if isinstance(shapes, tuple) else (shapes,))
     ]
     return tuple(outputs) if isinstance(shapes, tuple) else outputs[0]

@@ -1,0 +1,26 @@
+"""Every op under every plan on the real nnScaler, against dense float64."""
+
+import pytest
+
+from tests.nnscaler.calls import OPS, all_cases, check, sample
+from tests.ranks import RankPool
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_two_ranks(two_ranks: RankPool, op: str) -> None:
+    check(two_ranks, [case for case in sample(2, seed=1) if case.op == op])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_four_ranks(four_ranks: RankPool, op: str) -> None:
+    check(four_ranks, [case for case in sample(4, seed=2) if case.op == op])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_whole_product(two_ranks: RankPool, four_ranks: RankPool, world_size: int, op: str) -> None:
+    pool = two_ranks if world_size == 2 else four_ranks
+    cases = [case for case in all_cases(world_size) if case.op == op]
+    for start in range(0, len(cases), 100):
+        check(pool, cases[start : start + 100])
