@@ -342,11 +342,8 @@ def _sub_calls(node: Any) -> Iterator[Any]:
     from nnscaler.ir.operator import IRFwOperation
 
     for other in _graph_being_emitted(node).select(ntype=IRFwOperation):
-        if (
-            other.signature == node.signature
-            and other.output(0).parent == node.output(0).parent
-            and other.input(0).parent == node.input(0).parent
-        ):
+        # Not by q: where it has several consumers, nnScaler gives every device a copy of its own.
+        if other.signature == node.signature and other.output(0).parent == node.output(0).parent:
             yield other
 
 

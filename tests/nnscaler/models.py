@@ -126,3 +126,39 @@ class Transformer(nn.Module):
         # Per token, then summed: cross_entropy with "mean" would gather the logits.
         losses = nn.functional.nll_loss(log_probabilities.transpose(1, 2), labels, reduction="none")
         return losses.sum()
+
+
+class BadCall(nn.Module):
+    """A call that nnScaler must not take."""
+
+    def __init__(self, mistake: str) -> None:
+        super().__init__()
+        self.mistake = mistake
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        if self.mistake == "process_group":
+            return wrap_ring_attn_func(q, k, v, process_group=[0, 1])
+        if self.mistake == "shard_lens":
+            return wrap_ring_attn_func(q, k, v, shard_lens=[8, 16])
+        if self.mistake == "alibi_slopes by position":
+            return wrap_ring_attn_func(q, k, v, None, 0.0, True, (-1, -1), slopes)
+        if self.mistake == "sinks by keyword":
+            return wrap_ring_attn_func(q, k, v, sinks=slopes)
+        if self.mistake == "bias in a packed call":
+            cu_seqlens = slopes.to(torch.int32)
+            return varlen(q[0], k[0], v[0], cu_seqlens, cu_seqlens, slopes)
+        if self.mistake == "window":
+            return wrap_ring_attn_func(q, k, v, window_size=(-3, 0))
+        if self.mistake == "packed totals":
+            cu_seqlens = slopes.to(torch.int32)
+            return varlen(q[0], k[0, 4:], v[0, 4:], cu_seqlens, cu_seqlens)
+        if self.mistake == "zigzag order":
+            return nnscaler_ring.wrap_zigzag_attn_func(q, k, v, layout="zigzag")
+        return wrap_ring_attn_func(q, k, v)
+
+
+class TwoCalls(nn.Module):
+    """Two calls on the same q, which the emission must tell apart."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return wrap_ring_attn_func(q, k, v) + wrap_ring_attn_func(q, v, k, causal=False)
