@@ -33,12 +33,13 @@ $(STAMP): setup.py pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@
 
-# Uninstalled first: pip would keep another build of the same version.
+# Uninstalled first: pip would keep another build of the same version. nnScaler 0.9 imports regex
+# without asking for it.
 .PHONY: nnscaler
 nnscaler: $(STAMP)
 ifneq ($(NNSCALER),)
 	$(PIP) --quiet uninstall --yes nnscaler
-	$(INSTALL) '$(NNSCALER)'
+	$(INSTALL) '$(NNSCALER)' regex
 endif
 
 .PHONY: lint

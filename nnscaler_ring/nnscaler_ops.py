@@ -20,7 +20,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +80,8 @@ def register() -> None:
             continue
         options: dict[str, Any] = {"emit_fn": emit, "input_gen_fn": partial(sample_inputs, op)}
         if "fake_fn" in accepted:  # since 0.9
-            options["fake_fn"] = partial(trace, op)
+            # With a name, which nnScaler logs where tracing takes long.
+            options["fake_fn"] = update_wrapper(partial(trace, op), op.function)
         CustomizedOps.register(
             op.signature, partial(create, op), f"import {op.module}", op.function, **options
         )

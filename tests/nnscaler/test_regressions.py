@@ -122,3 +122,17 @@ def make_groups_apart(ranks: list[int]) -> str:
 def test_groups_are_made_by_their_members(four_ranks: RankPool) -> None:
     """torch.distributed.new_group is for all ranks at once; different lists collided."""
     assert four_ranks.run(4, make_groups_apart, timeout=20) == ["made"] * 4
+
+
+def traced_names(ranks: list[int]) -> list[str]:
+    with nnscaler_ranks():
+        from nnscaler.graph.parser.register import CustomizedOps
+
+        fakes = CustomizedOps.kOpFakeRuntime
+        return [fn.__name__ for name, fn in fakes.items() if name.startswith("nnscaler_ring")]
+
+
+def test_slow_traces_can_be_logged(two_ranks: RankPool) -> None:
+    """nnScaler logs the name of a function that takes long to trace."""
+    names = two_ranks.run(2, traced_names)[0]
+    assert {"wrap_ring_attn_func", "wrap_zigzag_attn_func"} < set(names)
