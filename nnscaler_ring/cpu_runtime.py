@@ -42,8 +42,8 @@ def nnscaler_on_cpu() -> Iterator[None]:
             "nnscaler_on_cpu() is for machines without CUDA, and CUDA is available here; leave it "
             "out, or hide the GPUs with CUDA_VISIBLE_DEVICES=''."
         )
-    # First, because torch's compiler, which it imports, takes stock of torch.cuda.
     importlib.import_module("nnscaler")
+    importlib.import_module("torch._dynamo")  # takes stock of torch.cuda: while it is torch's own
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in SUBSTITUTIONS]
     for owner, name, substitute in SUBSTITUTIONS:
         setattr(owner, name, substitute)

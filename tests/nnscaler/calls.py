@@ -49,9 +49,11 @@ class Case:
         return {**MASKS[self.mask], "exchange": self.exchange, "return_lse": self.return_lse}
 
     def inputs(self) -> dict[str, Tensor]:
-        """q, k, v, cu_q, cu_k of the whole sequence; v has its own head dim."""
+        """q, k, v, and cu_q, cu_k of packed ones; v has its own head dim."""
         batch = None if self.op == "varlen" else 4
         q, k, v = make_qkv(self.seed, batch, TOKENS, TOKENS, *self.heads, 4, 6)
+        if self.op != "varlen":
+            return {"q": q, "k": k, "v": v}
         rng = random.Random(self.seed)
         cu_q, cu_k = (random_cu_seqlens(rng, TOKENS, 5) for _ in range(2))
         return {"q": q, "k": k, "v": v, "cu_q": cu_q, "cu_k": cu_k}
@@ -131,14 +133,13 @@ def process_group_in(code: str) -> tuple[int, ...] | None:
 def _expected(case: Case) -> dict[str, Tensor]:
     inputs = case.inputs()
     q, k, v = (inputs[name] for name in ("q", "k", "v"))
-    packed = case.op == "varlen"
     out, lse, dq, dk, dv = dense_gradients(
         q,
         k,
         v,
         make_dout(case.seed, q, v),
-        cu_seqlens_q=inputs["cu_q"] if packed else None,
-        cu_seqlens_k=inputs["cu_k"] if packed else None,
+        cu_seqlens_q=inputs.get("cu_q"),
+        cu_seqlens_k=inputs.get("cu_k"),
         **MASKS[case.mask],
     )
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}

@@ -19,7 +19,12 @@ class OneCall(nn.Module):
         self.options = options
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor | None = None,
+        cu_k: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if self.op == "ring":
             return wrap_ring_attn_func(q, k, v, **self.options)

@@ -75,7 +75,9 @@ def sampled(ranks: list[int], op: str, dim: str) -> list[tuple[list, float]]:
         from nnscaler.graph.parser.register import CustomizedOps
         from nnscaler.ir.operator import IRFwOperation
 
-        dummy = {"q": q, "k": k, "v": v, "cu_q": bounds, "cu_k": bounds}
+        dummy = {"q": q, "k": k, "v": v}
+        if op == "varlen":
+            dummy |= {"cu_q": bounds, "cu_k": bounds}
         parallelize(nnscaler, OneCall(op, {"causal": True}), dummy, policy, 2)
     return found
 
