@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.ops import Options, attention_op
+
 Range = tuple[int, int]
 
 
@@ -388,26 +390,74 @@ def trace(op: Op, *args: Any, **kwargs: Any) -> Any:
 def sample_inputs(op: Op, node: Any) -> tuple[Tensor, ...]:
     """Inputs with which nnScaler's profiler may time a (sub-)call.
 
-    A packed call whose sequence is partitioned gets keys and values of full length, as the rank
-    that holds the last block reads them; cu_seqlens are one document.
+    Where the sequence is partitioned, keys and values are those of all blocks, as the rank that
+    holds the last block reads them (zigzag, causal: half of them, as every rank does); cu_seqlens
+    are one document.
     """
     device = torch.cuda.current_device()
     q = node.input(0)
     dim = op.token_dim
-    whole = q.parent.shape[dim]
-    samples = []
+    local, whole = q.shape[dim], q.parent.shape[dim]
+    balanced = op.name == "wrap_zigzag_attn_func" and _value(node.kwargs.get("causal", True))
+    keys = (whole + local) // 2 if balanced else whole
+    samples: list[Tensor] = []
     for name, x in zip(op.tensors, node.inputs(), strict=True):
         shape = list(x.shape)
         if name in ("cu_seqlens_q", "cu_seqlens_k"):
-            tokens = q.shape[dim] if name == "cu_seqlens_q" else whole
+            tokens = local if name == "cu_seqlens_q" else whole
             samples.append(torch.tensor([0] + [tokens] * (shape[0] - 1), dtype=x.dtype))
             continue
         if op.packed and name in ("k", "v"):
             shape[dim] = whole
-        samples.append(
-            torch.randn(shape, dtype=x.dtype, device=device, requires_grad=x.requires_grad)
-        )
+        sample = torch.randn(shape, dtype=x.dtype, device=device)
+        if not op.packed and name == "k" and keys > local:
+            sample = KeysOfAllBlocks.of(sample, keys)
+        samples.append(sample.requires_grad_(x.requires_grad))
     return tuple(samples)
+
+
+class KeysOfAllBlocks(Tensor):
+    """One block of k that stands for more of them: attention to it costs that of `keys` tokens.
+
+    Only for nnScaler's profiler, which calls a dense op as one device would: there q and k must be
+    equally long, while a rank's queries read the keys of other ranks too.
+    """
+
+    keys: int
+
+    @staticmethod
+    def of(k: Tensor, keys: int) -> KeysOfAllBlocks:
+        """k, standing for `keys` tokens."""
+        sample = k.as_subclass(KeysOfAllBlocks)
+        sample.keys = keys
+        return sample
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.nnscaler_ring.attention.default:
+            return _attend_to_all_blocks(*args)
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(result, KeysOfAllBlocks):
+            result.keys = next(x.keys for x in args if isinstance(x, KeysOfAllBlocks))
+        return result
+
+
+def _attend_to_all_blocks(
+    q: Tensor, k: KeysOfAllBlocks, v: Tensor, _q: None, _k: None, *options: Any
+) -> tuple[Tensor, ...]:
+    """The dense op as a packed one, whose batch rows are documents with more keys than queries."""
+    batch, local = q.shape[:2]
+    copies = -(-k.keys // local)
+    long_k, long_v = (
+        x.as_subclass(Tensor).repeat(1, copies, 1, 1)[:, : k.keys].flatten(0, 1) for x in (k, v)
+    )
+    cu_q, cu_k = (torch.arange(batch + 1) * tokens for tokens in (local, k.keys))
+    chosen = Options(*options)._replace(compute_len=batch * local)
+    out, lse, *rest = attention_op(q.flatten(0, 1), long_k, long_v, cu_q, cu_k, *chosen)
+    lse = lse.unflatten(1, (batch, local)).transpose(0, 1)
+    return out.unflatten(0, (batch, local)), lse, *rest
 
 
 def _ranges(indmap: Any) -> tuple[Range, ...]:

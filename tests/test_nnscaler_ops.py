@@ -9,6 +9,7 @@ import torch
 
 from nnscaler_ring import nnscaler_ops
 from nnscaler_ring.nnscaler_ops import OPS, annotate, find_blocks, group_of_device
+from tests.oracle import dense_attention
 
 RING, ZIGZAG, VARLEN = OPS
 
@@ -184,3 +185,19 @@ print(*sorted(registry.CustomizedOps.known) if registry else ["nnscaler not impo
     assert done.stderr == ""
     expected = sorted(op.signature for op in OPS) if "nnscaler" in imports.split(", ") else None
     assert done.stdout.split("\n")[:-1] == (expected or ["nnscaler not imported"])
+
+
+def test_one_block_stands_for_all_keys() -> None:
+    """The profiler's sample attends to as many keys as a rank's queries read, forth and back."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 6, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    sample = nnscaler_ops.KeysOfAllBlocks.of(k, 15).requires_grad_().clone()
+    q.requires_grad_()
+    out, lse = RING.function(q, sample, v, return_lse=True)
+    long_k, long_v = (x.repeat(1, 3, 1, 1)[:, :15] for x in (k, v))
+    for row in range(2):
+        bounds = {"cu_seqlens_q": [0, 6], "cu_seqlens_k": [0, 15]}
+        dense = dense_attention(q[row], long_k[row], long_v[row], causal=True, **bounds)
+        torch.testing.assert_close((out[row], lse[row]), dense)
+    assert out.shape == (2, 6, 4, 8)
+    assert torch.autograd.grad(out.sum(), sample)[0].shape == k.shape
