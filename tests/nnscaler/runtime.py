@@ -1,6 +1,7 @@
 """What a rank does: enter nnScaler on the CPU, generate and load a module, read its code."""
 
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -46,10 +47,15 @@ def parallelize(
     compute_config = nnscaler.ComputeConfig(
         plan_ngpus, dist.get_world_size(), trace_strategy="cpu", **config
     )
-    parallel = nnscaler.parallelize(
-        module, dummy, policy, compute_config, gen_savedir=folder, instance_name=folder.name
-    )
-    return parallel, generated_code(folder)
+    try:
+        parallel = nnscaler.parallelize(
+            module, dummy, policy, compute_config, gen_savedir=folder, instance_name=folder.name
+        )
+        return parallel, generated_code(folder)
+    finally:
+        dist.barrier()  # nnScaler refuses on all ranks or on none
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder)
 
 
 def shared_folder() -> Path:
