@@ -91,7 +91,7 @@ def check_traffic(pool, cases: list[tuple[Case, torch.dtype]]) -> None:
     """Counted bytes are what the plan says, and for "direct" the mask's lower bound."""
     for size in sorted({case.world_size for case, _ in cases}):
         group = [(case, dtype) for case, dtype in cases if case.world_size == size]
-        shards = pool.run(size, measure, group, timeout=120)
+        shards = pool.run(size, measure, group, timeout=300)
         for number, (case, dtype) in enumerate(group):
             problem = problem_of(case)
             for block in range(size):
@@ -290,7 +290,7 @@ def dense_results(problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tenso
 def check_plans(pool, cases: list[tuple]) -> None:
     for size in sorted({len(case[0].ranks) for case in cases}):
         group = [case for case in cases if len(case[0].ranks) == size]
-        shards = pool.run(size, run_plans, group, timeout=120)
+        shards = pool.run(size, run_plans, group, timeout=300)
         for seed, (problem, name, keys_per_message, batch, _) in enumerate(group):
             q, k, v, dout = engine_inputs(seed, problem, batch)
             expected = dense_results(problem, q, k, v, dout)
