@@ -167,7 +167,7 @@ def call(
         "shard_lens": None if len(set(case.shard_lens)) == 1 else list(case.shard_lens),
     }
     if case.op == "varlen":
-        if case.shard_lens_k != case.shard_lens and len(set(case.shard_lens_k)) > 1:
+        if case.shard_lens_k != case.shard_lens:
             options["shard_lens_k"] = list(case.shard_lens_k)
         cu_seqlens = (torch.tensor(x) for x in (case.cu_seqlens_q, case.cu_seqlens_k))
         return wrap_ring_attn_varlen_func(q, k, v, *cu_seqlens, **options)

@@ -15,6 +15,10 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
+# The ranks of a test use all cores; more threads here only get in their way.
+torch.set_num_threads(1)
+
+
 def pytest_report_header() -> str:
     try:
         nnscaler = importlib.metadata.version("nnscaler")

@@ -41,6 +41,7 @@ def print_pid_and_sleep(rank: Rank) -> None:
 
 
 def test_results_and_reports_of_every_rank(monkeypatch):
+    before = set(multiprocessing.active_children())
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     reports: dict[int, list[int]] = {0: [], 1: [], 2: []}
     results = run_ranks(
@@ -50,7 +51,7 @@ def test_results_and_reports_of_every_rank(monkeypatch):
     assert {result[3] for result in results} <= {"lo", "lo0", ""}
     assert reports == {rank: [0, 1, 2] for rank in range(3)}
     assert "GLOO_SOCKET_IFNAME" not in os.environ
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.parametrize(
@@ -64,9 +65,10 @@ def test_results_and_reports_of_every_rank(monkeypatch):
     ],
 )
 def test_a_failing_rank_is_shown_and_the_others_end(fn, message):
+    before = set(multiprocessing.active_children())
     with pytest.raises(RankError, match=message):
         run_ranks(2, fn)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")

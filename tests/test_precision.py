@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.cases import Case, run_case
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
-from tests.oracle import dense_gradients
+from tests.oracle import dense_gradients, visible
 from tests.ranks import RankPool
 from tests.tolerances import RATIO_MIN_TOKENS, assert_as_good_as_one_device
 
@@ -22,14 +22,26 @@ DOCUMENTS = (0, 700, 1001, 1002, TOKENS)
 assert TOKENS >= RATIO_MIN_TOKENS
 
 
-def case_of(op: str, world_size: int, *, causal: bool, exchange: str) -> Case:
+CALLS = (
+    ("ring", True, (-1, -1)),
+    ("ring", True, (300, 0)),
+    ("ring", False, (-1, -1)),
+    ("zigzag", True, (-1, -1)),
+    ("varlen", True, (-1, -1)),
+)
+"""The op, causal, and window_size."""
+
+
+def case_of(
+    op: str, world_size: int, causal: bool, window_size: tuple[int, int], exchange: str
+) -> Case:
     lens = (TOKENS // world_size,) * world_size
     return Case(
         op=op,
         exchange=exchange,
         world_size=world_size,
         causal=causal,
-        window_size=(-1, -1),
+        window_size=window_size,
         heads=(2, 1),
         shard_lens=lens,
         shard_lens_k=lens,
@@ -46,7 +58,7 @@ def one_device(case: Case, dtype: torch.dtype) -> list[Tensor]:
     """out, dq, dk, dv of F.scaled_dot_product_attention, document by document."""
     q, k, v, dout = case.inputs(dtype)
     if case.op != "varlen":
-        return _attend(q, k, v, dout, case.causal)
+        return _attend(q, k, v, dout, case.causal, case.window_size)
     pieces = []
     for start, stop in itertools.pairwise(DOCUMENTS):
         tensors = (x[None, start:stop] for x in (q, k, v, dout))
@@ -54,10 +66,25 @@ def one_device(case: Case, dtype: torch.dtype) -> list[Tensor]:
     return [torch.cat(x) for x in zip(*pieces, strict=True)]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> list[Tensor]:
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    causal: bool,
+    window_size: tuple[int, int] = (-1, -1),
+) -> list[Tensor]:
+    tokens = q.shape[1]
+    mask = None
+    if window_size != (-1, -1):
+        hidden = ~visible(tokens, tokens, causal=causal, window_size=window_size)
+        mask = torch.zeros(tokens, tokens, dtype=q.dtype).masked_fill(hidden, -torch.inf)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     out = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, enable_gqa=True
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        enable_gqa=True,
     ).transpose(1, 2)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
@@ -74,12 +101,15 @@ def run_all(ranks: list[int], cases: list[tuple[Case, torch.dtype]]) -> list[lis
 
 
 @lru_cache
-def references(op: str, causal: bool, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def references(
+    op: str, causal: bool, window_size: tuple[int, int], dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
     """out, dq, dk, dv in float64 and by one device; the same for any number of ranks."""
-    case = case_of(op, 1, causal=causal, exchange="direct")
+    case = case_of(op, 1, causal, window_size, "direct")
     dense = dense_gradients(
         *case.inputs(dtype),
         causal=causal,
+        window_size=window_size,
         cu_seqlens_q=case.cu_seqlens_q,
         cu_seqlens_k=case.cu_seqlens_k,
     )
@@ -94,13 +124,13 @@ def test_several_ranks_are_as_good_as_one_device(
     pool: RankPool, world_size: int, exchange: str
 ) -> None:
     cases = [
-        (case_of(op, world_size, causal=causal, exchange=exchange), dtype)
-        for op, causal in (("ring", True), ("zigzag", True), ("varlen", True), ("ring", False))
+        (case_of(op, world_size, causal, window_size, exchange), dtype)
+        for op, causal, window_size in CALLS
         for dtype in DTYPES
     ]
     shards = pool.run(world_size, run_all, cases, timeout=120)
     for number, (case, dtype) in enumerate(cases):
-        expected, reference = references(case.op, case.causal, dtype)
+        expected, reference = references(case.op, case.causal, case.window_size, dtype)
         for n, name in enumerate(NAMES):
             actual = torch.cat([shard[number][n] for shard in shards], -3)
             assert_as_good_as_one_device(
