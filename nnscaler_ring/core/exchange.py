@@ -9,7 +9,8 @@ Note [Memory is set by the message]
     The direct exchange cuts what a rank reads from another into messages of about
     `KEYS_PER_MESSAGE` keys, each with its own tiles. A message's keys, the next message's, and the
     gradients of the last one are alive at a time: a few messages, however many ranks there are.
-    The number of parts is the same on all ranks, so halves and wholes stay in step.
+    The number of parts is the same on all ranks, so halves and wholes stay in step, and a power of
+    two, so that messages end where zigzag chunks end: a tile cut elsewhere costs two more calls.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from nnscaler_ring.core.schedule import Rows, Schedule, Step, message_steps, row
 from nnscaler_ring.core.tile import Tile
 from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
 
-KEYS_PER_MESSAGE = 1536
+KEYS_PER_MESSAGE = 2048
 """Tokens of the longest shard per message; see Note [Memory is set by the message]."""
 
 
@@ -128,7 +129,7 @@ class DirectPlan:
         self, schedule: Schedule, rank: int, keys_per_message: int = KEYS_PER_MESSAGE
     ) -> None:
         ranks = schedule.world_size
-        parts = max(1, max(schedule.k_lens) // keys_per_message)
+        parts = _power_of_two(max(schedule.k_lens) // keys_per_message)
         self.local = tuple(schedule.tiles(rank, (rank,)))
         self.rounds: list[Round] = []
         for distance in range(1, ranks):
@@ -262,6 +263,11 @@ def _outgoing_messages(target: int, step: Step, k: Tensor, v: Tensor) -> list[Me
 def _is_one_piece(step: Step, k: Tensor) -> bool:
     """Whether the rows of a step are one run of memory in a contiguous tensor; both sides ask."""
     return len(step.rows) == 1 and (k.shape[0] == 1 or step.whole)
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not above `number`, at least 1."""
+    return 1 << max(0, number.bit_length() - 1)
 
 
 def _gradient_dtype(step: Step, dtype: torch.dtype) -> torch.dtype:
