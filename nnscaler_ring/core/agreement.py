@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -76,14 +76,14 @@ class _DisagreementError(ValueError):
     """A difference that every rank sees for itself."""
 
 
-def agree(group: str, plan: object, op: str, description: Mapping[str, str]) -> None:
+def agree(group: str, plan: object, op: str, describe: Callable[[], Mapping[str, str]]) -> None:
     """Return if all ranks of the group hold the same description of a new plan; else raise.
 
     Args:
         group: the group string.
         plan: hashable; a plan that was agreed on before costs a dictionary lookup.
         op: the public function, for messages.
-        description: field name -> value as text, the same on all ranks.
+        describe: field name -> value as text, the same on all ranks; called for a new plan only.
 
     Raises:
         ValueError: a field differs (named, with ranks and both values), or ranks did not come.
@@ -96,7 +96,7 @@ def agree(group: str, plan: object, op: str, description: Mapping[str, str]) -> 
         return
     place = find_place(group)
     if place.world_size > 1:
-        _compare(state, place, op, description)
+        _compare(state, place, op, describe())
     state.remember(plan)
 
 

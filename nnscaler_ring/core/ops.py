@@ -241,7 +241,7 @@ def relayout_op(
             target=target,
         )
         plan = plan_relayout(call, place.block, x.shape[dim])
-    agree(group, call, op, describe(call))
+    agree(group, call, op, lambda: describe(call))
     return move_rows(x, dim, plan.moves, _transport(group, place, op, plan.tag))
 
 
@@ -296,7 +296,7 @@ def _prepare(
         call = _call(held.shape[-3], q, k, v, cu_seqlens_q, cu_seqlens_k, options, place)
         kernel = select_kernel(options.kernel, _problem(call))
         plan = plan_call(call, place.block)
-    agree(options.group, call, options.op, describe(call))
+    agree(options.group, call, options.op, lambda: describe(call))
     return _Run(place, plan, kernel, options)
 
 
