@@ -3,8 +3,10 @@
 Note [Resident memory]
     Linux resets a process's peak of resident memory when 5 is written to /proc/self/clear_refs, so
     the peak of a passage above the level before it can be read: everything counts, messages and
-    buffers too. Freed memory must go back to the system for that, so malloc is told to map blocks
-    from 128 KiB on by themselves; only there, since it costs a third of a training step's time.
+    buffers too. Freed memory must go back to the system for that, so malloc is told to give back
+    what it holds, and to map blocks from 128 KiB on by themselves; only there, since it costs a
+    third of a training step's time. (The threshold alone is not enough: malloc looks among its free
+    blocks first, and what it reuses was resident before.)
     Elsewhere torch's profiler counts the bytes of tensors.
 """
 
@@ -68,6 +70,7 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
 def _reset_resident_peak() -> bool:
     try:
         _mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+        ctypes.CDLL(None).malloc_trim(0)
         CLEAR_REFS.write_text("5")
     except (OSError, AttributeError):  # not glibc, or a system that does not let us
         return False

@@ -16,8 +16,20 @@ def allocate() -> None:
     del first, second
 
 
+@pytest.fixture
+def free_blocks_in_the_heap():
+    """What a long session leaves: free memory in malloc's hands, below blocks still in use."""
+    memory._mallopt(memory.M_MMAP_THRESHOLD, memory.USUAL_MMAP_THRESHOLD)
+    freed, kept = [], []
+    for _ in range(8):
+        freed.append(torch.ones(28 * MIB // 4))
+        kept.append(torch.ones(1024))
+    freed.clear()
+    return kept
+
+
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="needs Linux")
-def test_resident_memory():
+def test_resident_memory(free_blocks_in_the_heap):
     with peak_memory(torch.device("cpu")) as peak:
         allocate()
     assert peak.method == "resident memory of the process"
