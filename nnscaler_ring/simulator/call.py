@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -105,5 +105,5 @@ class SimulatedCall:
 @lru_cache(maxsize=64)
 def equal_shards(tokens: int, ranks: int) -> tuple[int, ...]:
     """Contiguous shards that differ by one token at most."""
-    edges: Sequence[int] = [rank * tokens // ranks for rank in range(ranks + 1)]
-    return tuple(stop - start for start, stop in zip(edges, edges[1:], strict=False))
+    edges = (rank * tokens // ranks for rank in range(ranks + 1))
+    return tuple(stop - start for start, stop in pairwise(edges))

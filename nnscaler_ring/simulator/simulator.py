@@ -117,11 +117,9 @@ class RingAttentionSimulator:
         self.inputs = inputs
         self.device = device
         problem = call.sizes.problem(torch.device(device).type)
-        self._kernel = select_kernel(call.kernel, problem)
+        self.kernel = select_kernel(call.kernel, problem)
         self._shares = _Shares(self)
-        self._peers = Peers(
-            call.exchange, call.schedule, self._shares, self._kernel, call.scale
-        )
+        self._peers = Peers(call.exchange, call.schedule, self._shares, self.kernel, call.scale)
 
     def rank_share(
         self, rank: int, *, backward: bool = False, observer: Observer | None = None
@@ -204,7 +202,7 @@ class RingAttentionSimulator:
                 k,
                 v,
                 exchange=watch.exchange(plan.start(transport)),
-                kernel=watch.kernel(self._kernel),
+                kernel=watch.kernel(self.kernel),
                 softmax_scale=self.call.scale,
             )
         assert transport.traffic is not None
@@ -224,7 +222,7 @@ class RingAttentionSimulator:
                 own.out,
                 own.softmax_lse,
                 exchange=watch.exchange(plan.start(transport)),
-                kernel=watch.kernel(self._kernel),
+                kernel=watch.kernel(self.kernel),
                 softmax_scale=self.call.scale,
             )
         assert transport.traffic is not None

@@ -22,6 +22,7 @@ from torch import Tensor
 from nnscaler_ring.core.engine import attention_backward
 from nnscaler_ring.core.exchange import (
     EXCHANGES,
+    KEYS_PER_MESSAGE,
     AllGatherPlan,
     DirectPlan,
     ExchangePlan,
@@ -32,7 +33,7 @@ from nnscaler_ring.core.groups import Place, Traffic
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.online_softmax import accumulation_dtype
 from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.schedule import Rows, Schedule
+from nnscaler_ring.core.schedule import Rows, Schedule, Step
 from nnscaler_ring.core.tile import Tile
 from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
 
@@ -180,7 +181,9 @@ def stand_in(
 def _direct_keys(plan: DirectPlan, peers: Peers) -> Iterator[Answer]:
     for round_ in plan.rounds:
         step = round_.incoming
-        yield lambda receives, step=step: _fill(receives, *peers.shares.keys(step.source, step.rows))  # type: ignore[misc]
+        yield lambda receives, step=step: _fill(
+            receives, *peers.shares.keys(step.source, step.rows)
+        )  # type: ignore[misc]
 
 
 def _direct_gradients(plan: DirectPlan, rank: int, peers: Peers) -> Iterator[Answer]:
@@ -282,6 +285,19 @@ def _fill(receives: Sequence[Message], k: Tensor, v: Tensor) -> None:
         parts = [message.tensor for message in receives]
     else:
         ((_, whole),) = receives
-        parts = [p.view(x.shape) for p, x in zip(whole.split([k.numel(), v.numel()]), (k, v), strict=True)]
+        parts = [
+            p.view(x.shape)
+            for p, x in zip(whole.split([k.numel(), v.numel()]), (k, v), strict=True)
+        ]
     for part, x in zip(parts, (k, v), strict=True):
         part.copy_(x)
+
+
+def message_parts(schedule: Schedule) -> int:
+    """How many messages the direct exchange cuts a step into."""
+    return 1 << max(0, (max(schedule.k_lens) // KEYS_PER_MESSAGE).bit_length() - 1)
+
+
+def is_packed(step: Step, batch: int) -> bool:
+    """Whether the direct exchange copies the rows of a step before it sends them."""
+    return not (len(step.rows) == 1 and (batch == 1 or step.whole))

@@ -33,9 +33,7 @@ OPS = {
 def simulated(case: Case, dtype: str) -> RingAttentionSimulator:
     """The same call, simulated."""
     q_layout, k_layout = OPS[case.op]
-    q, k, v, dout = (
-        x if x.dim() == 4 else x[None] for x in case.inputs(getattr(torch, dtype))
-    )
+    q, k, v, dout = (x if x.dim() == 4 else x[None] for x in case.inputs(getattr(torch, dtype)))
     sizes = Sizes(
         case.heads[0], case.heads[1], case.head_dim, case.v_head_dim, dtype, batch=q.shape[0]
     )
