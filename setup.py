@@ -39,7 +39,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["nnscaler_ring", "nnscaler_ring.*"]),
-    package_data={"nnscaler_ring": ["py.typed"]},
+    package_data={"nnscaler_ring": ["py.typed", "simulator/clusters/*.json"]},
     # Tested with 2.13; 2.9 is the first release whose fused CPU attention takes GQA.
     install_requires=["torch>=2.9"],
     extras_require={

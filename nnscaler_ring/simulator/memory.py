@@ -10,7 +10,7 @@ Note [A ledger of one rank]
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from nnscaler_ring.core.kernels import AttentionKernel
@@ -72,7 +72,7 @@ def predict_memory(
     ledger.forward()
     forward = ledger.peak
     if backward:
-        ledger = _Ledger(call, rank, traits)
+        ledger = _Ledger(call, rank, traits, rounds=ledger.rounds)
         ledger.backward()
         if ledger.peak.total() > forward.total():
             return Memory(dict(ledger.peak))
@@ -114,6 +114,7 @@ class _Ledger:
     traits: KernelTraits
     live: Counter[str] = field(default_factory=Counter)
     peak: Counter[str] = field(default_factory=Counter)
+    rounds: list[_Round] | None = None
 
     def __post_init__(self) -> None:
         sizes = self.call.sizes
@@ -259,27 +260,29 @@ class _Ledger:
     # The exchanges of core/exchange.py.
 
     def _rounds(self) -> list[_Round]:
+        if self.rounds is None:
+            self.rounds = list(self._make_rounds())
+        return self.rounds
+
+    def _make_rounds(self) -> Iterator[_Round]:
         ranks = self.schedule.world_size
         parts = message_parts(self.schedule)
         distances = sorted({*range(1, min(ALIKE + 1, ranks)), *range(max(1, ranks - ALIKE), ranks)})
-        rounds = []
         for distance in distances:
             source, target = (self.rank - distance) % ranks, (self.rank + distance) % ranks
             incoming = message_steps(self.schedule, self.rank, source, parts)
             outgoing = message_steps(self.schedule, target, self.rank, parts)
             for n in sorted({*range(min(ALIKE, parts)), parts - 1}):
-                if incoming[n].rows or outgoing[n].rows:
-                    rounds.append(
-                        _Round(
-                            row_count(incoming[n].rows),
-                            row_count(outgoing[n].rows),
-                            is_packed(outgoing[n], self.call.sizes.batch),
-                            incoming[n].summed,
-                            outgoing[n].summed,
-                            incoming[n].tiles,
-                        )
+                step_in, step_out = incoming[n], outgoing[n]
+                if step_in.rows or step_out.rows:
+                    yield _Round(
+                        row_count(step_in.rows),
+                        row_count(step_out.rows),
+                        is_packed(step_out, self.call.sizes.batch),
+                        step_in.summed,
+                        step_out.summed,
+                        step_in.tiles,
                     )
-        return rounds
 
     def _local_tiles(self) -> list[Tile]:
         return self.schedule.tiles(self.rank, (self.rank,))
