@@ -72,7 +72,7 @@ def calls(args: argparse.Namespace, sizes: Sizes) -> list[SimulatedCall]:
 def share(
     simulators: list[RingAttentionSimulator], rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(out, softmax_lse) of all branches merged, on this rank's tokens, and the bytes that it sent."""
+    """(out, softmax_lse) of this rank, all branches merged, and the bytes that it sent."""
     first = simulators[0].call
     start = rank * first.tokens // first.ranks
     sent = 0

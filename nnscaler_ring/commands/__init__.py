@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from nnscaler_ring import __version__
-from nnscaler_ring.commands import check, demo, info, plan, simulate
+from nnscaler_ring.commands import bench, check, demo, info, plan, simulate
 
 COMMANDS: tuple[click.Command, ...] = (
     info.info,
@@ -13,6 +13,7 @@ COMMANDS: tuple[click.Command, ...] = (
     demo.demo,
     plan.plan_command,
     simulate.simulate,
+    bench.bench,
 )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.online_softmax import ROWS_AT_ONCE
 from nnscaler_ring.core.schedule import message_steps, row_count
-from nnscaler_ring.core.tile import Tile
+from nnscaler_ring.core.tile import UNBOUNDED, Tile
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.stand_in import is_packed, message_parts
 
@@ -32,11 +32,13 @@ class KernelTraits:
         calls: the tiles that it computes in one call each.
         pads_heads: results have the larger of head_dim and v_head_dim.
         short_rows: below so many query rows a backward pass is computed in float32.
+        computed_pairs: of a call; more than the visible ones where hidden ones are computed too.
     """
 
     calls: Callable[[Sequence[Tile]], Sequence[Tile]] = lambda tiles: tiles
     pads_heads: bool = False
     short_rows: int = 0
+    computed_pairs: Callable[[Tile], int] = Tile.pairs
 
 
 def traits_of(kernel: AttentionKernel) -> KernelTraits:
@@ -44,8 +46,17 @@ def traits_of(kernel: AttentionKernel) -> KernelTraits:
     if kernel.name == "torch_cpu":
         from nnscaler_ring.core.kernels.torch_cpu import FULL_BLOCK_ROWS
 
-        return KernelTraits(kernel.calls, pads_heads=True, short_rows=FULL_BLOCK_ROWS)
+        return KernelTraits(kernel.calls, True, FULL_BLOCK_ROWS, _pairs_in_blocks)
     return KernelTraits(kernel.calls)
+
+
+def _pairs_in_blocks(tile: Tile) -> int:
+    """torch's fused CPU kernel computes masked calls whole, and causal ones by blocks of rows."""
+    nq, nk = tile.q1 - tile.q0, tile.k1 - tile.k0
+    if tile.lo != -UNBOUNDED or tile.hi != tile.k0 - tile.q0:
+        return nq * nk
+    rows = 256 if nq >= 768 else 64 if nq >= 192 else 32
+    return sum(min(rows, nq - start) * min(start + rows, nk) for start in range(0, nq, rows))
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ class Costs:
         seconds = 0.0
         calls = self.traits.calls(tiles)
         for tile in calls:
-            flops = self.sizes.flops(tile.pairs(), backward=backward)
+            flops = self.sizes.flops(self.traits.computed_pairs(tile), backward=backward)
             seconds += call_seconds + flops / rate
             if not (alone and len(calls) == 1):
                 seconds += self.merged_bytes(tile, backward) / self.cluster.memory_bytes_per_second
