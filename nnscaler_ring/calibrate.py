@@ -39,6 +39,9 @@ RANKS = 2
 DTYPES = ("float32", "bfloat16")
 HEADS, HEAD_DIM = 4, 64
 CALLS = ((256, 256), (512, 1024), (1024, 1024), (1024, 2048), (2048, 1024), (2048, 2048))
+BANDS = ((256, 512, 0), (256, 256, 128), (256, 768, 100))
+"""Calls at the edges of a window: queries, keys, and how far the band reaches to the left."""
+
 MESSAGE_BYTES = (4 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
 REPEATS = 5
 
@@ -180,14 +183,17 @@ def _rates(dtype: str) -> Rates:
     per_rank = run_ranks(RANKS, _measure_kernels, dtype, timeout_seconds=600.0)
     sizes = Sizes(HEADS, HEADS, HEAD_DIM, HEAD_DIM, dtype)
     pairs = [cpu_traits(sizes).computed_pairs(tile) for tile in _tiles()]
+    plain = len(pairs) - len(BANDS)
     figures = []
     for number, backward in enumerate((False, True)):
         times = [statistics.mean(some) for some in zip(*(f[number] for f in per_rank), strict=True)]
         flops = [sizes.flops(n, backward=backward) for n in pairs]
-        constant, per_flop = _line(flops, times)
-        figures.append((1 / per_flop, max(constant, 0.0)))
-    (forward, forward_call), (backward_rate, backward_call) = figures
-    return Rates(forward, backward_rate, forward_call, backward_call)
+        constant, per_flop = _line(flops[:plain], times[:plain])
+        constant = max(constant, 0.0)
+        masked = sum(times[plain:]) / sum(constant + n * per_flop for n in flops[plain:])
+        figures.append((1 / per_flop, constant, max(masked, 1.0)))
+    (forward, forward_call, forward_masked), (back, back_call, back_masked) = figures
+    return Rates(forward, back, forward_call, back_call, forward_masked, back_masked)
 
 
 def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
@@ -201,10 +207,11 @@ def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def _tiles() -> list[Tile]:
-    """Full and causal calls of several sizes."""
+    """Full and causal calls of several sizes, then calls with a mask."""
     full = [Tile(0, nq, 0, nk) for nq, nk in CALLS]
     causal = [trim(Tile(0, nq, 0, nq, hi=0)) for nq, nk in CALLS if nq == nk]
-    return [*full, *(tile for tile in causal if tile)]
+    bands = [trim(Tile(0, nq, 0, nk, -left, nk - nq)) for nq, nk, left in BANDS]
+    return [*full, *(tile for tile in (*causal, *bands) if tile)]
 
 
 def _median_seconds(run: Callable[[], object]) -> float:

@@ -13,12 +13,17 @@ PRESETS = Path(__file__).parent / "clusters"
 
 @dataclass(frozen=True)
 class Rates:
-    """What attention kernels reach in one dtype, and what a call costs before it computes."""
+    """What attention kernels reach in one dtype, and what a call costs before it computes.
+
+    A call with a band that the kernel knows only as a mask takes `masked` times as long.
+    """
 
     forward_flops_per_second: float
     backward_flops_per_second: float
     forward_call_seconds: float
     backward_call_seconds: float
+    forward_masked: float = 1.0
+    backward_masked: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,14 @@ class KernelTraits:
         pads_heads: results have the larger of head_dim and v_head_dim.
         short_rows: below so many query rows a backward pass is computed in float32.
         computed_pairs: of a call; more than the visible ones where hidden ones are computed too.
+        is_masked: whether a call's band is given to the kernel as a mask.
     """
 
     calls: Callable[[Sequence[Tile]], Sequence[Tile]] = lambda tiles: tiles
     pads_heads: bool = False
     short_rows: int = 0
     computed_pairs: Callable[[Tile], int] = Tile.pairs
+    is_masked: Callable[[Tile], bool] = lambda call: False
 
 
 def traits_of(kernel: AttentionKernel) -> KernelTraits:
@@ -46,17 +48,24 @@ def traits_of(kernel: AttentionKernel) -> KernelTraits:
     if kernel.name == "torch_cpu":
         from nnscaler_ring.core.kernels.torch_cpu import FULL_BLOCK_ROWS
 
-        return KernelTraits(kernel.calls, True, FULL_BLOCK_ROWS, _pairs_in_blocks)
+        return KernelTraits(kernel.calls, True, FULL_BLOCK_ROWS, _pairs_in_blocks, _needs_mask)
     return KernelTraits(kernel.calls)
 
 
 def _pairs_in_blocks(tile: Tile) -> int:
     """torch's fused CPU kernel computes masked calls whole, and causal ones by blocks of rows."""
     nq, nk = tile.q1 - tile.q0, tile.k1 - tile.k0
-    if tile.lo != -UNBOUNDED or tile.hi != tile.k0 - tile.q0:
+    if _needs_mask(tile) or tile.hi == UNBOUNDED:
         return nq * nk
     rows = 256 if nq >= 768 else 64 if nq >= 192 else 32
     return sum(min(rows, nq - start) * min(start + rows, nk) for start in range(0, nq, rows))
+
+
+def _needs_mask(tile: Tile) -> bool:
+    """torch's fused CPU kernel knows full calls, and causal ones from the top left corner."""
+    if tile.hi == UNBOUNDED:
+        return tile.lo != -UNBOUNDED
+    return tile.lo != -UNBOUNDED or tile.hi != tile.k0 - tile.q0
 
 
 @dataclass(frozen=True)
