@@ -58,13 +58,13 @@ def test_exact_rows_at_constant_memory(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_scaling_over_processes(tmp_path: Path) -> None:
-    sizes = ("--ranks", "1", "2", "4", "--tokens", "8192", "--tokens-per-rank", "2048")
+    sizes = ("--ranks", "2", "4", "--tokens", "8192", "--tokens-per-rank", "2048")
     text = run("memory_scaling.py", *sizes, "--out", str(tmp_path))
     assert "O(tokens / ranks)" in text
     record = json.loads((tmp_path / "memory_scaling.json").read_text())
     by_kind = {(row["kind"], row["ranks"]): row["counted_bytes"] for row in record["rows"]}
-    assert by_kind["direct, strong", 4] < 0.7 * by_kind["direct, strong", 2]
-    assert by_kind["all_gather, strong", 4] > 2 * by_kind["direct, strong", 4]
+    assert by_kind["direct, strong", 4] < 0.8 * by_kind["direct, strong", 2]
+    assert by_kind["all_gather, strong", 4] > 1.5 * by_kind["direct, strong", 4]
     assert (
         by_kind["replicated queries, forward", 4] > 0.7 * by_kind["replicated queries, forward", 2]
     )
