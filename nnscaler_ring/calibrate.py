@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -38,11 +38,13 @@ from nnscaler_ring.simulator.timeline import simulate_timeline
 RANKS = 2
 DTYPES = ("float32", "bfloat16")
 HEADS, HEAD_DIM = 4, 64
-CALLS = ((256, 256), (512, 1024), (1024, 1024), (1024, 2048), (2048, 1024), (2048, 2048))
+CALLS = ((768, 1024), (1024, 1024), (1024, 2048), (2048, 1024), (2048, 2048))
+SHORT_CALLS = ((256, 768), (256, 1792))
 BANDS = ((256, 512, 0), (256, 256, 128), (256, 768, 100))
-"""Calls at the edges of a window: queries, keys, and how far the band reaches to the left."""
+"""Short calls, as windows have them: queries, keys, and how far a band reaches to the left."""
 
 MESSAGE_BYTES = (4 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
+MERGED_ROWS = (64, 256, 1024, 4096)
 REPEATS = 5
 
 
@@ -100,6 +102,11 @@ def calibrate(advance: Callable[[str], object] = lambda what: None) -> Cluster:
         advance(f"kernels in {dtype}")
     per_rank = run_ranks(RANKS, _measure_moving, timeout_seconds=600.0)
     bandwidth = statistics.mean(figures["merge_bytes_per_second"] for figures in per_rank)
+    merging = statistics.mean(figures["merge_seconds"] for figures in per_rank)
+    rates = {
+        dtype: replace(some, forward_call_seconds=some.forward_call_seconds + merging)
+        for dtype, some in rates.items()
+    }
     times = [max(samples) for samples in zip(*(f["messages"] for f in per_rank), strict=True)]
     latency, per_byte = _line(MESSAGE_BYTES, times)
     overlap = statistics.mean(figures["overlap"] for figures in per_rank)
@@ -183,17 +190,17 @@ def _rates(dtype: str) -> Rates:
     per_rank = run_ranks(RANKS, _measure_kernels, dtype, timeout_seconds=600.0)
     sizes = Sizes(HEADS, HEADS, HEAD_DIM, HEAD_DIM, dtype)
     pairs = [cpu_traits(sizes).computed_pairs(tile) for tile in _tiles()]
-    plain = len(pairs) - len(BANDS)
+    plain = len(pairs) - len(BANDS) - len(SHORT_CALLS)
     figures = []
     for number, backward in enumerate((False, True)):
         times = [statistics.mean(some) for some in zip(*(f[number] for f in per_rank), strict=True)]
         flops = [sizes.flops(n, backward=backward) for n in pairs]
         constant, per_flop = _line(flops[:plain], times[:plain])
         constant = max(constant, 0.0)
-        masked = sum(times[plain:]) / sum(constant + n * per_flop for n in flops[plain:])
-        figures.append((1 / per_flop, constant, max(masked, 1.0)))
-    (forward, forward_call, forward_masked), (back, back_call, back_masked) = figures
-    return Rates(forward, back, forward_call, back_call, forward_masked, back_masked)
+        short = sum(times[plain:]) / sum(constant + n * per_flop for n in flops[plain:])
+        figures.append((1 / per_flop, constant, max(short, 1.0)))
+    (forward, forward_call, forward_short), (back, back_call, back_short) = figures
+    return Rates(forward, back, forward_call, back_call, forward_short, back_short)
 
 
 def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
@@ -207,11 +214,12 @@ def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def _tiles() -> list[Tile]:
-    """Full and causal calls of several sizes, then calls with a mask."""
+    """Full and causal calls of several sizes, then short ones."""
     full = [Tile(0, nq, 0, nk) for nq, nk in CALLS]
     causal = [trim(Tile(0, nq, 0, nq, hi=0)) for nq, nk in CALLS if nq == nk]
+    short = [Tile(0, nq, 0, nk) for nq, nk in SHORT_CALLS]
     bands = [trim(Tile(0, nq, 0, nk, -left, nk - nq)) for nq, nk, left in BANDS]
-    return [*full, *(tile for tile in (*causal, *bands) if tile)]
+    return [*full, *(tile for tile in (*causal, *short, *bands) if tile)]
 
 
 def _median_seconds(run: Callable[[], object]) -> float:
@@ -252,11 +260,14 @@ def _measure_kernels(rank: Rank, dtype: str) -> tuple[list[float], list[float]]:
 
 def _measure_moving(rank: Rank) -> dict[str, Any]:
     """On one rank: bytes merged per second, seconds of messages, and how well both overlap."""
-    rows = 2048
-    out, block = (torch.randn(1, rows, HEADS, HEAD_DIM) for _ in range(2))
-    lse, block_lse = (torch.randn(1, HEADS, rows) for _ in range(2))
-    seconds = _median_seconds(lambda: merge_(out, lse, block, block_lse))
-    touched = 3 * out.nbytes + 8 * lse.nbytes
+    touched, merging = [], []
+    for rows in MERGED_ROWS:
+        out, block = (torch.randn(1, rows, HEADS, HEAD_DIM) for _ in range(2))
+        lse, block_lse = (torch.randn(1, HEADS, rows) for _ in range(2))
+        tensors = out, lse, block, block_lse
+        touched.append(3 * out.nbytes + 8 * lse.nbytes)
+        merging.append(_median_seconds(lambda some=tensors: merge_(*some)))  # type: ignore[misc]
+    merge_seconds, per_merged_byte = _line(touched, merging)
     place = find_place(group_string(rank.group))
     transport = Transport(place, None, "calibration", 0)
     peer = 1 - rank.rank
@@ -269,7 +280,8 @@ def _measure_moving(rank: Rank) -> dict[str, Any]:
         x, y = torch.zeros(size // 4), torch.zeros(size // 4)
         messages.append(_median_seconds(lambda x=x, y=y: move(x, y).wait()))  # type: ignore[misc]
     return {
-        "merge_bytes_per_second": touched / seconds,
+        "merge_bytes_per_second": 1 / per_merged_byte,
+        "merge_seconds": max(merge_seconds, 0.0),
         "messages": messages,
         "overlap": _overlap(move, messages[-1]),
     }

@@ -15,15 +15,15 @@ PRESETS = Path(__file__).parent / "clusters"
 class Rates:
     """What attention kernels reach in one dtype, and what a call costs before it computes.
 
-    A call with a band that the kernel knows only as a mask takes `masked` times as long.
+    A short call (few query rows, see `KernelTraits.is_short`) takes `short` times as long.
     """
 
     forward_flops_per_second: float
     backward_flops_per_second: float
     forward_call_seconds: float
     backward_call_seconds: float
-    forward_masked: float = 1.0
-    backward_masked: float = 1.0
+    forward_short: float = 1.0
+    backward_short: float = 1.0
 
 
 @dataclass(frozen=True)

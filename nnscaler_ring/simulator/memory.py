@@ -33,14 +33,14 @@ class KernelTraits:
         pads_heads: results have the larger of head_dim and v_head_dim.
         short_rows: below so many query rows a backward pass is computed in float32.
         computed_pairs: of a call; more than the visible ones where hidden ones are computed too.
-        is_masked: whether a call's band is given to the kernel as a mask.
+        is_short: whether a call has so few query rows that the kernel is slower.
     """
 
     calls: Callable[[Sequence[Tile]], Sequence[Tile]] = lambda tiles: tiles
     pads_heads: bool = False
     short_rows: int = 0
     computed_pairs: Callable[[Tile], int] = Tile.pairs
-    is_masked: Callable[[Tile], bool] = lambda call: False
+    is_short: Callable[[Tile], bool] = lambda call: False
 
 
 def traits_of(kernel: AttentionKernel) -> KernelTraits:
@@ -48,7 +48,7 @@ def traits_of(kernel: AttentionKernel) -> KernelTraits:
     if kernel.name == "torch_cpu":
         from nnscaler_ring.core.kernels.torch_cpu import FULL_BLOCK_ROWS
 
-        return KernelTraits(kernel.calls, True, FULL_BLOCK_ROWS, _pairs_in_blocks, _needs_mask)
+        return KernelTraits(kernel.calls, True, FULL_BLOCK_ROWS, _pairs_in_blocks, _is_short)
     return KernelTraits(kernel.calls)
 
 
@@ -57,8 +57,13 @@ def _pairs_in_blocks(tile: Tile) -> int:
     nq, nk = tile.q1 - tile.q0, tile.k1 - tile.k0
     if _needs_mask(tile) or tile.hi == UNBOUNDED:
         return nq * nk
-    rows = 256 if nq >= 768 else 64 if nq >= 192 else 32
+    rows = 64 if _is_short(tile) else 256
     return sum(min(rows, nq - start) * min(start + rows, nk) for start in range(0, nq, rows))
+
+
+def _is_short(tile: Tile) -> bool:
+    """torch's fused CPU kernel takes 64 rows at a time instead of 256 below this length."""
+    return tile.q1 - tile.q0 < 768
 
 
 def _needs_mask(tile: Tile) -> bool:

@@ -160,15 +160,15 @@ class Costs:
         rates = self.cluster.rates_for(self.sizes.dtype)
         if backward:
             rate, call_seconds = rates.backward_flops_per_second, rates.backward_call_seconds
-            masked = rates.backward_masked
+            short = rates.backward_short
         else:
             rate, call_seconds = rates.forward_flops_per_second, rates.forward_call_seconds
-            masked = rates.forward_masked
+            short = rates.forward_short
         seconds = 0.0
         calls = self.traits.calls(tiles)
         for tile in calls:
             flops = self.sizes.flops(self.traits.computed_pairs(tile), backward=backward)
-            slower = masked if self.traits.is_masked(tile) else 1.0
+            slower = short if self.traits.is_short(tile) else 1.0
             seconds += (call_seconds + flops / rate) * slower
             if not (alone and len(calls) == 1):
                 seconds += self.merged_bytes(tile, backward) / self.cluster.memory_bytes_per_second
