@@ -24,8 +24,8 @@ def table(record: dict[str, Any]) -> str:
         f"`{record['command']}`, {record['date']}, {record['device']}, torch "
         f"{record['versions']['torch']}. {record['cluster']['source']}",
         "",
-        f"Step time within {WITHIN:.0%} in {good} of {len(rows)} cases; bytes exact in {exact}; peak "
-        f"memory within 5 % in {memory}.",
+        f"Step time within {WITHIN:.0%} in {good} of {len(rows)} cases; bytes exact in {exact}; "
+        f"peak memory within 5 % in {memory}.",
         "",
         "| case | forward, ms | predicted | backward, ms | predicted | step | bytes | memory |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
@@ -45,8 +45,8 @@ def table(record: dict[str, Any]) -> str:
     lines += [
         "",
         "The machine was not quiet: other work kept its two cores busy, during the calibration and "
-        "during the runs, not equally. Where one rank works alone (contiguous causal) it has more of "
-        "the machine than the calibration, which measures two ranks side by side, so that the "
+        "during the runs, not equally. Where one rank works alone (contiguous causal) it has more "
+        "of the machine than the calibration, which measures two ranks side by side, so that the "
         "prediction is too long.",
         "",
         "The profiler misses deallocations by gloo's threads after a collective (all_gather), so "
