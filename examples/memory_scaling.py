@@ -29,8 +29,6 @@ from nnscaler_ring.simulator.live_bytes import LiveBytes
 MIB = 2**20
 HEADS, HEAD_DIM = 2, 64
 ROW_BYTES = HEADS * HEAD_DIM * 4
-LARGEST_RESIDUAL = 0.15
-"""Of the fit, relative: a rank with one peer has fewer messages under way than with more."""
 
 
 def arguments() -> argparse.Namespace:
@@ -40,6 +38,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--tokens", type=int, default=32768, help="of strong scaling")
     parser.add_argument("--tokens-per-rank", type=int, default=4096, help="of weak scaling")
+    parser.add_argument(
+        "--within",
+        type=float,
+        default=0.15,
+        help="largest relative residual of the fit; shards as short as a message need more, "
+        "because a rank with one peer has fewer messages under way",
+    )
     parser.add_argument("--out", type=Path, default=Path("memory_scaling"))
     return parser.parse_args()
 
@@ -162,7 +167,7 @@ def main() -> None:
     console.print(table)
     direct = [row for row in rows if row["kind"].startswith("direct")]
     a, b, residual = fit(direct, "counted_bytes")
-    is_linear = b > 0 and residual <= LARGEST_RESIDUAL
+    is_linear = b > 0 and residual <= args.within
     verdict = "O(tokens / ranks)" if is_linear else "NOT a line in tokens / ranks"
     console.print(
         f"direct: {a / MIB:.1f} MiB + {b:.2f} x a rank's q, within {residual:.1%}: {verdict}",

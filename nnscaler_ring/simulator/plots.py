@@ -87,7 +87,7 @@ def plot_timeline(path: Path, passes: Mapping[str, Timeline], title: str) -> Pat
     axes.set_yticks(range(len(timeline.ranks)), [f"rank {r.rank}" for r in timeline.ranks])
     axes.set_xlabel(name)
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     return _save(figure, path)
 
 
