@@ -22,7 +22,8 @@ def table(record: dict[str, Any]) -> str:
         "# Predictions beside runs, two CPU ranks",
         "",
         f"`{record['command']}`, {record['date']}, {record['device']}, torch "
-        f"{record['versions']['torch']}. {record['cluster']['source']}",
+        f"{record['versions']['torch']}, commit {record.get('commit', 'unknown')}. "
+        f"{record['cluster']['source']}",
         "",
         f"Step time within {WITHIN:.0%} in {good} of {len(rows)} cases; bytes exact in {exact}; "
         f"peak memory within 5 % in {memory}.",
