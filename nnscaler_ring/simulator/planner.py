@@ -27,13 +27,6 @@ from nnscaler_ring.simulator.timeline import (
 )
 from nnscaler_ring.simulator.work import Costs, RankWork, planned_work
 
-STRATEGIES = tuple(
-    (layout, exchange)
-    for exchange in ("direct", "ring", "all_gather")
-    for layout in ("zigzag", "contiguous")
-)
-"""Layout and exchange; of equals the first is recommended."""
-
 MOST_RANKS = 16384
 """That a plan is made for: its time grows with the ranks, a second for some thousand."""
 

@@ -119,7 +119,7 @@ class RingAttentionSimulator:
         problem = call.sizes.problem(torch.device(device).type)
         self.kernel = select_kernel(call.kernel, problem)
         self._shares = _Shares(self)
-        self._peers = Peers(call.exchange, call.schedule, self._shares, self.kernel, call.scale)
+        self._peers = Peers(call.schedule, self._shares, self.kernel, call.scale)
 
     def rank_share(
         self, rank: int, *, backward: bool = False, observer: Observer | None = None

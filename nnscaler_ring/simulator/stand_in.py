@@ -68,7 +68,6 @@ def exchange_plan(exchange: str, schedule: Schedule, rank: int) -> ExchangePlan:
 class Peers:
     """The other ranks of a call, ready to compute what they would send."""
 
-    exchange: str
     schedule: Schedule
     shares: Shares
     kernel: AttentionKernel
