@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.ops import Options, attention_op
+from nnscaler_ring.core.ops import Extras, Options, attention_op
 
 Range = tuple[int, int]
 
@@ -445,7 +445,7 @@ class KeysOfAllBlocks(Tensor):
 
 
 def _attend_to_all_blocks(
-    q: Tensor, k: KeysOfAllBlocks, v: Tensor, _q: None, _k: None, *options: Any
+    q: Tensor, k: KeysOfAllBlocks, v: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     """The dense op as a packed one, whose batch rows are documents with more keys than queries."""
     batch, local = q.shape[:2]
@@ -453,9 +453,11 @@ def _attend_to_all_blocks(
     long_k, long_v = (
         x.as_subclass(Tensor).repeat(1, copies, 1, 1)[:, : k.keys].flatten(0, 1) for x in (k, v)
     )
-    cu_q, cu_k = (torch.arange(batch + 1) * tokens for tokens in (local, k.keys))
-    chosen = Options(*options)._replace(compute_len=batch * local)
-    out, lse, *rest = attention_op(q.flatten(0, 1), long_k, long_v, cu_q, cu_k, *chosen)
+    documents = (torch.arange(batch + 1) * tokens for tokens in (local, k.keys))
+    count = len(Extras._fields)
+    extras = Extras(*documents, *others[2:count])
+    options = Options(*others[count:])._replace(compute_len=batch * local)
+    out, lse, *rest = attention_op(q.flatten(0, 1), long_k, long_v, *extras, *options)
     lse = lse.unflatten(1, (batch, local)).transpose(0, 1)
     return out.unflatten(0, (batch, local)), lse, *rest
 

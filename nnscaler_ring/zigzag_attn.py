@@ -87,7 +87,7 @@ def wrap_zigzag_attn_func(
         sinks=sinks,
         dropout_seed=dropout_seed,
         caller_layout=layout,
-        q_layout="zigzag",
+        compute_layout="zigzag",
     )
 
 

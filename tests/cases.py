@@ -143,7 +143,7 @@ def run_case(
 ) -> list[Tensor]:
     """The case on the rank that holds `block`."""
     q, k, v, dout = case.inputs(dtype)
-    rows, rows_k = _rows(case, block), _rows(case, block, keys=True)
+    rows, rows_k = rows_of(case, block), rows_of(case, block, keys=True)
     dim = 0 if case.op == "varlen" else 1
     q, dout = (x.index_select(dim, rows) for x in (q, dout))
     k, v = (x.index_select(dim, rows_k) for x in (k, v))
@@ -194,13 +194,13 @@ def _compare(case: Case, shards: list[list[Tensor]]) -> None:
             ("out", "lse", "dq", "dk", "dv"), shard, expected, strict=True
         ):
             dim = -1 if name == "lse" else -3
-            rows = _rows(case, block, keys=name in ("dk", "dv"))
+            rows = rows_of(case, block, keys=name in ("dk", "dv"))
             assert_close_float64(
                 actual, dense.index_select(dim, rows), f"{name} of block {block} in {case}"
             )
 
 
-def _rows(case: Case, block: int, keys: bool = False) -> Tensor:
+def rows_of(case: Case, block: int, keys: bool = False) -> Tensor:
     """The tokens of a block in the caller's layout."""
     name = "zigzag" if case.op == "zigzag in zigzag order" else "contiguous"
     layout = LAYOUTS[name].for_shards(case.shard_lens_k if keys else case.shard_lens)
