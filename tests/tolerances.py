@@ -36,11 +36,11 @@ RATIO_TO_ONE_DEVICE = Tolerance(
 RATIO_MIN_TOKENS = 1024  # with fewer tokens the ratio of two roundings is chance
 
 
-def relative_l2(actual: Tensor, expected: Tensor) -> float:
-    """The relative error |actual - expected| / |expected|, in float64."""
+def relative_l2(actual: Tensor, expected: Tensor, *, floor: float = 0.0) -> float:
+    """The relative error |actual - expected| / max(|expected|, floor), in float64."""
     expected = expected.detach().to(torch.float64)
     error = torch.linalg.vector_norm(actual.detach().to(torch.float64) - expected).item()
-    size = torch.linalg.vector_norm(expected).item()
+    size = max(torch.linalg.vector_norm(expected).item(), floor)
     if size == 0:
         return 0.0 if error == 0 else math.inf
     return error / size
@@ -64,11 +64,16 @@ def assert_close_float64(actual: Tensor, expected: Tensor, what: str) -> None:
     )
 
 
-def assert_close_relative(actual: Tensor, expected: Tensor, what: str) -> None:
-    """Relative L2 error within the limit of actual's dtype: float32, float16 or bfloat16."""
+def assert_close_relative(
+    actual: Tensor, expected: Tensor, what: str, *, floor: float = 0.0
+) -> None:
+    """Relative L2 error within the limit of actual's dtype: float32, float16 or bfloat16.
+
+    `floor`: what the norm of `expected` counts as at least, where sums may cancel to next to 0.
+    """
     assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
     limit = RELATIVE_L2[actual.dtype].limit
-    error = relative_l2(actual, expected)
+    error = relative_l2(actual, expected, floor=floor)
     assert error <= limit, f"{what}: relative L2 error {error:.3e} > {limit:g} ({actual.dtype})"
 
 

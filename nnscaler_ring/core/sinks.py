@@ -17,7 +17,7 @@ def merge_sinks_(partial: PartialOutput, q: Tensor, v_head_dim: int, sinks: Tens
     batch, rows, num_heads, _ = q.shape
     dtype = partial.dtype
     nothing = q.new_zeros((), dtype=dtype).expand(batch, rows, num_heads, v_head_dim)
-    logits = sinks.to(dtype).view(1, num_heads, 1).expand(batch, num_heads, rows)
+    logits = sinks.to(dtype).view(1, num_heads, 1).repeat(batch, 1, rows)
     partial.merge_(slice(0, rows), nothing, logits)
 
 
