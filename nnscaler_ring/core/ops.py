@@ -273,8 +273,9 @@ def _attention_gradients(
     rest = (None,) * len(ctx.options)
     if dout is None and dlse is None:
         return (None,) * (3 + len(Extras._fields)) + rest
-    dq, dk, dv, dbias, dsinks = attention_backward_op(dout, dlse, *ctx.saved_tensors, *ctx.options)
-    sinks = ctx.saved_tensors[5 + Extras._fields.index("sinks")]
+    saved = ctx.saved_tensors  # once: a checkpoint gives them out once
+    dq, dk, dv, dbias, dsinks = attention_backward_op(dout, dlse, *saved, *ctx.options)
+    sinks = Extras(*saved[5:]).sinks
     given = Extras(
         bias=dbias if ctx.options.bias_gradient else None,
         sinks=None if sinks is None else dsinks,
