@@ -33,6 +33,10 @@ RELATIVE_L2 = {
 RATIO_TO_ONE_DEVICE = Tolerance(
     1.25, "partial results are merged in float32, so that ranks should add next to nothing"
 )
+# Where scores differ so much that one device's error is the rounding of its result alone.
+RATIO_TO_ONE_ROUNDING = Tolerance(
+    1.45, "the fused kernel rounds a tile's part of out too: two roundings, sqrt(2)"
+)
 RATIO_MIN_TOKENS = 1024  # with fewer tokens the ratio of two roundings is chance
 
 
@@ -78,12 +82,16 @@ def assert_close_relative(
 
 
 def assert_as_good_as_one_device(
-    actual: Tensor, one_device: Tensor, expected: Tensor, what: str
+    actual: Tensor,
+    one_device: Tensor,
+    expected: Tensor,
+    what: str,
+    ratio: Tolerance = RATIO_TO_ONE_DEVICE,
 ) -> None:
-    """The error of `actual` is at most RATIO_TO_ONE_DEVICE times that of one device's kernel."""
+    """The error of `actual` is at most `ratio` times that of one device's kernel."""
     assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
     error, reference = relative_l2(actual, expected), relative_l2(one_device, expected)
-    limit = RATIO_TO_ONE_DEVICE.limit
+    limit = ratio.limit
     assert error <= limit * reference, (
         f"{what}: relative L2 error {error:.3e} is more than {limit} times {reference:.3e}, "
         f"the error of one device ({actual.dtype})"

@@ -11,6 +11,7 @@ from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import GradientStep, Keys
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
+from nnscaler_ring.core.online_softmax import accumulation_dtype
 from nnscaler_ring.core.row_sum import RowSum
 from nnscaler_ring.core.scores import Scores
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
@@ -48,10 +49,14 @@ def shards_of(tokens: list[list[int]], x: Tensor, dim: int = 1) -> list[Tensor]:
 
 
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, kernel) -> list[list]:
-    """Per rank out, lse, dq; the sums of dk and dv of every rank's rows over all ranks."""
+    """Per rank out, lse, dq; the sums of dk and dv of every rank's rows over all ranks.
+
+    As over the direct exchange: gradients travel in the dtype of the input, and are summed wider.
+    """
     qs, douts = (shards_of(problem.q_tokens, x) for x in (q, dout))
     ks, vs = (shards_of(problem.k_tokens, x) for x in (k, v))
-    dks, dvs = ([torch.zeros_like(x) for x in shards] for shards in (ks, vs))
+    wide = accumulation_dtype(q.dtype)
+    dks, dvs = ([torch.zeros_like(x, dtype=wide) for x in shards] for shards in (ks, vs))
     outs, lses, dqs = [], [], []
     for rank in problem.ranks:
         options = {"kernel": kernel, "scores": Scores(SCALE)}
@@ -62,8 +67,8 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, kernel)
             douts[rank], None, *mine, out, lse, exchange=exchange, **options
         )
         for source, (dk, dv) in enumerate(exchange.sums):
-            dks[source] += dk.current()
-            dvs[source] += dv.current()
+            dks[source] += dk.current().to(q.dtype)
+            dvs[source] += dv.current().to(q.dtype)
         outs.append(out)
         lses.append(lse)
         dqs.append(dq)
