@@ -78,7 +78,7 @@ class NnScalerTraining(Training):
             shard_sequence,
             nnscaler.ComputeConfig(ranks, ranks, trace_strategy="cpu"),
             gen_savedir=self.rank.folder / "nnscaler",
-            instance_name=str(self.dtype).removeprefix("torch."),
+            instance_name=f"{self.config.op}_{str(self.dtype).removeprefix('torch.')}",
         )
         if self.rank.device.type == "cuda":
             model.cuda()
