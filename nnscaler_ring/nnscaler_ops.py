@@ -233,16 +233,12 @@ def emit(
     split_dims = [n for n, part in enumerate(mine) if part != (0, whole[n])]
     dropout = _value(node.kwargs.get("dropout_p", 0.0))
     calls = list(_sub_calls(node)) if split_dims or dropout else []
-    for x in range(1, 3):
-        sums = [n.input(x) for n in calls if n.input(x).grad is not None]
-        refuse_mixed_sums(
-            op.name,
-            op.tensors[x],
-            [
-                (_ranges(n.input(x).indmap), tuple(n.device))
-                for n in (calls if any(tuple(y.grad.valmap) != (0, 1) for y in sums) else ())
-            ],
-        )
+    names = _value(node.kwargs["tensor_names"]).split(",")
+    for x, name in enumerate(names):
+        sums = [n.input(x).grad for n in calls if n.input(x).grad is not None]
+        if name != "alibi_slopes" and any(tuple(grad.valmap) != (0, 1) for grad in sums):
+            parts = [(_ranges(n.input(x).indmap), tuple(n.device)) for n in calls]
+            refuse_mixed_sums(op.name, name, parts)
     ranks = None
     if op.token_dim in split_dims:
         device = runtime_devid % plan_ndevs
@@ -256,9 +252,11 @@ def emit(
         offset = runtime_devid - device
         ranks = tuple(rank + offset for rank in group_of_device(op.name, blocks, device))
         refuse_zigzag_order(op, node.kwargs)
-    names = _value(node.kwargs["tensor_names"]).split(",")
     given = len(op.tensors)
     options = {**dict(zip(names[given:], args[given:], strict=True)), **kwargs}
+    if "alibi_slopes" in names:
+        # nnScaler gives every float input a gradient; slopes have none.
+        options["alibi_slopes"] += ".detach()"
     del options["tensor_names"]
     if dropout:
         refuse_replicated_dropout(
@@ -299,9 +297,10 @@ def refuse_mixed_sums(
 ) -> None:
     """Plans for which nnScaler's own gradient sums come back in the wrong order.
 
-    Where sub-calls share a part of k (one KV head, query heads partitioned), nnScaler scatters the
-    sum of its gradients over the devices that share it and gathers all parts by device number. The
-    rows are right only if the devices of every part follow those of the part before.
+    Where sub-calls share a part of a tensor (one KV head with query heads partitioned, or sinks
+    with tokens partitioned), nnScaler scatters the sum of its gradients over the devices that share
+    it and gathers all parts by device number. The rows are right only if the devices of every part
+    follow those of the part before.
 
     Args:
         parts: the ranges and devices of every sub-call, where gradients are summed.
@@ -315,7 +314,7 @@ def refuse_mixed_sums(
         raise ValueError(
             f"{name}: the plan must give devices that share a part of {tensor} numbers in a row, "
             f"got ranges and devices {plan}: nnScaler would mix up the gradient of {tensor}; "
-            "partition the sequence or the batch first and the heads last."
+            f"partition along the dimensions that {tensor} has first, and along the others last."
         )
 
 
@@ -431,7 +430,7 @@ def trace(op: Op, *args: Any, **kwargs: Any) -> Any:
     tensors = split_tensors(op, arguments, lambda value: isinstance(value, Tensor))
     refuse_arguments(op, arguments)
     with torch.no_grad():
-        on_meta = {name: _on_meta(x) for name, x in tensors.items()}
+        on_meta = {name: x.to("meta") for name, x in tensors.items()}
         shapes = op.function(**on_meta, **arguments)
     # Zero, but connected to the inputs, so that the tracer sees what needs a gradient.
     q, floats = tensors["q"], [x for x in tensors.values() if x.is_floating_point()]
@@ -441,10 +440,6 @@ def trace(op: Op, *args: Any, **kwargs: Any) -> Any:
         for x in (shapes if isinstance(shapes, tuple) else (shapes,))
     ]
     return tuple(outputs) if isinstance(shapes, tuple) else outputs[0]
-
-
-def _on_meta(x: Tensor) -> Tensor:
-    return x.to("meta").requires_grad_(x.requires_grad)
 
 
 def sample_inputs(op: Op, node: Any) -> tuple[Tensor, ...]:

@@ -142,7 +142,7 @@ def test_refused_plans(parts: list, message: str) -> None:
 def test_mixed_sums_are_refused() -> None:
     """One KV head: devices 0 and 2 share tokens 0 to 6 of k, and 1 and 3 the others."""
     outer_heads = [part((0, 6), (0, 1), 0, 2), part((6, 12), (0, 1), 1, 3)]
-    with pytest.raises(ValueError, match="partition the sequence or the batch first"):
+    with pytest.raises(ValueError, match="dimensions that k has first"):
         nnscaler_ops.refuse_mixed_sums("op", "k", outer_heads)
     inner_heads = [part((0, 6), (0, 1), 0, 1), part((6, 12), (0, 1), 2, 3)]
     nnscaler_ops.refuse_mixed_sums("op", "k", inner_heads)

@@ -6,11 +6,13 @@ step the caller adds dK and dV of the step's keys to `step.dk` and `step.dv`, an
 carries them to the rank that owns the rows.
 
 Note [Memory is set by the message]
-    The direct exchange cuts what a rank reads from another into messages of about
-    `KEYS_PER_MESSAGE` keys, each with its own tiles. A message's keys, the next message's, and the
+    The direct exchange cuts what a rank reads from another into messages of about so many keys,
+    each with its own tiles. A message's keys, the next message's, and in the backward pass the
     gradients of the last one are alive at a time: a few messages, however many ranks there are.
-    The number of parts is the same on all ranks, so halves and wholes stay in step, and a power of
-    two, so that messages end where zigzag chunks end: a tile cut elsewhere costs two more calls.
+    Every message costs calls and a merge of its own, so they are longer in the forward pass, which
+    has far less alive beside them than the backward pass. The number of parts is the same on all
+    ranks, so halves and wholes stay in step, and a power of two, so that messages end where zigzag
+    chunks end: a tile cut elsewhere costs two more calls.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ from torch import Tensor
 from nnscaler_ring.core.coordinates import KeyRows
 from nnscaler_ring.core.online_softmax import accumulation_dtype
 from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.schedule import Rows, Schedule, Step, message_steps, row_count
+from nnscaler_ring.core.schedule import PairWork, Rows, Schedule, Step, row_count
 from nnscaler_ring.core.tile import Tile
 from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
 
-KEYS_PER_MESSAGE = 2048
+FORWARD_KEYS, BACKWARD_KEYS = 8192, 2048
 """Tokens of the longest shard per message; see Note [Memory is set by the message]."""
 
 
@@ -132,31 +134,42 @@ class DirectPlan:
     """
 
     def __init__(
-        self, schedule: Schedule, rank: int, keys_per_message: int = KEYS_PER_MESSAGE
+        self,
+        schedule: Schedule,
+        rank: int,
+        forward_keys: int = FORWARD_KEYS,
+        backward_keys: int = BACKWARD_KEYS,
     ) -> None:
-        ranks = schedule.world_size
-        parts = _power_of_two(max(schedule.k_lens) // keys_per_message)
         self.tiles = tuple(schedule.tiles(rank, (rank,)))
         self.rows = ((rank, 0, schedule.k_lens[rank]),)
-        self.rounds: list[Round] = []
+        ranks = schedule.world_size
+        pairs = []
         for distance in range(1, ranks):
             source, target = (rank - distance) % ranks, (rank + distance) % ranks
-            incoming = message_steps(schedule, rank, source, parts)
-            outgoing = message_steps(schedule, target, rank, parts)
-            for step_in, step_out in zip(incoming, outgoing, strict=True):
-                if step_in.rows or step_out.rows:
-                    self.rounds.append(Round(step_in, target, step_out))
+            incoming = PairWork.of(schedule, rank, source)
+            pairs.append((incoming, target, PairWork.of(schedule, target, rank)))
+        longest = max(schedule.k_lens)
+        self.forward_rounds = tuple(_rounds(pairs, _power_of_two(longest // forward_keys)))
+        self.backward_rounds = tuple(_rounds(pairs, _power_of_two(longest // backward_keys)))
 
     def start(self, transport: Transport) -> KVExchange:
         return _Direct(self, transport)
 
     def sent(self) -> Sent:
-        incoming = [round_.incoming for round_ in self.rounds]
+        incoming = [round_.incoming for round_ in self.backward_rounds]
         return Sent(
-            sum(row_count(round_.outgoing.rows) for round_ in self.rounds),
+            sum(row_count(round_.outgoing.rows) for round_ in self.backward_rounds),
             sum(row_count(step.rows) for step in incoming if not step.summed),
             sum(row_count(step.rows) for step in incoming if step.summed),
         )
+
+
+def _rounds(pairs: Sequence[tuple[PairWork, int, PairWork]], parts: int) -> Iterator[Round]:
+    """Every distance's messages in so many parts; what is empty on both sides is left out."""
+    for incoming, target, outgoing in pairs:
+        for step_in, step_out in zip(incoming.steps(parts), outgoing.steps(parts), strict=True):
+            if step_in.rows or step_out.rows:
+                yield Round(step_in, target, step_out)
 
 
 class _Direct:
@@ -165,13 +178,13 @@ class _Direct:
         self._transport = transport
 
     def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        for keys, _ in self._arrivals("forward_kv", k, v):
+        for keys, _ in self._arrivals("forward_kv", self._plan.forward_rounds, k, v):
             yield keys
 
     def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
         self._home = _Home(k, v)
         homebound: _Homebound | None = None
-        for keys, round_ in self._arrivals("backward_kv", k, v):
+        for keys, round_ in self._arrivals("backward_kv", self._plan.backward_rounds, k, v):
             if round_ is None:
                 yield self._home.step(keys)
                 continue
@@ -187,9 +200,10 @@ class _Direct:
     def gradients(self) -> tuple[Tensor, Tensor]:
         return self._home.dk.current(), self._home.dv.current()
 
-    def _arrivals(self, kind: Kind, k: Tensor, v: Tensor) -> Iterator[tuple[Keys, Round | None]]:
+    def _arrivals(
+        self, kind: Kind, rounds: Sequence[Round], k: Tensor, v: Tensor
+    ) -> Iterator[tuple[Keys, Round | None]]:
         """The local keys, then every round's, each yielded while the next is under way."""
-        rounds = self._plan.rounds
         under_way = self._post(kind, rounds[0], k, v) if rounds else None
         yield Keys(k, v, self._plan.tiles, self._plan.rows), None
         for n, round_ in enumerate(rounds):

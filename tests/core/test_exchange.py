@@ -247,7 +247,7 @@ def engine_inputs(seed: int, problem: Problem, batch: int, v_head_dim: int = 3) 
 
 def plan_of(name: str, problem: Problem, block: int, keys_per_message: int) -> ExchangePlan:
     if name == "direct":
-        return DirectPlan(problem.schedule, block, keys_per_message)
+        return DirectPlan(problem.schedule, block, 2 * keys_per_message, keys_per_message)
     return EXCHANGES[name](problem.schedule, block)
 
 
@@ -315,7 +315,7 @@ def test_small_messages_equal_dense(pool):
         for problem in problems
     ]
     rounds = [
-        len(DirectPlan(problem.schedule, 0, keys_per_message).rounds)
+        len(plan_of("direct", problem, 0, keys_per_message).backward_rounds)
         for problem, _, keys_per_message, *_ in cases
     ]
     assert sum(n > 3 for n in rounds) > 20, rounds  # more rounds than there are other ranks
@@ -366,7 +366,7 @@ def test_a_step_is_a_permutation_of_the_ranks():
     problem = dense_problem("zigzag", "zigzag", (8,) * 5, False, (-1, -1))
     plans = [DirectPlan(problem.schedule, rank) for rank in problem.ranks]
     for n in range(4):
-        rounds = [plan.rounds[n] for plan in plans]
+        rounds = [plan.backward_rounds[n] for plan in plans]
         assert sorted(x.target for x in rounds) == list(problem.ranks)
         assert sorted(x.incoming.source for x in rounds) == list(problem.ranks)
         for rank, mine in enumerate(rounds):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import nnscaler_ring
-from nnscaler_ring import wrap_ring_attn_func
+from nnscaler_ring import DropoutSeed, wrap_ring_attn_func
 from nnscaler_ring.demo.model import Decoder, ModelConfig
 from nnscaler_ring.demo.shard import Attention
 from nnscaler_ring.ring_attn_varlen import wrap_ring_attn_varlen_func as varlen
@@ -27,12 +27,19 @@ class OneCall(nn.Module):
         v: Tensor,
         cu_q: Tensor | None = None,
         cu_k: Tensor | None = None,
+        slopes: Tensor | None = None,
+        bias: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if self.op == "varlen":
+            # The bias by position, where nnScaler expects the tensors of an op.
+            return varlen(
+                q, k, v, cu_q, cu_k, bias, alibi_slopes=slopes, sinks=sinks, **self.options
+            )
+        options = {"alibi_slopes": slopes, "bias": bias, "sinks": sinks, **self.options}
         if self.op == "ring":
-            return wrap_ring_attn_func(q, k, v, **self.options)
-        if self.op == "zigzag":
-            return nnscaler_ring.wrap_zigzag_attn_func(q, k, v, **self.options)
-        return varlen(q, k, v, cu_q, cu_k, **self.options)
+            return wrap_ring_attn_func(q, k, v, **options)
+        return nnscaler_ring.wrap_zigzag_attn_func(q, k, v, **options)
 
 
 CONFIG = ModelConfig(
@@ -64,12 +71,16 @@ class BadCall(nn.Module):
         if self.mistake == "shard_lens":
             return wrap_ring_attn_func(q, k, v, shard_lens=[8, 16])
         if self.mistake == "alibi_slopes by position":
-            return wrap_ring_attn_func(q, k, v, None, 0.0, True, (-1, -1), slopes)
-        if self.mistake == "sinks by keyword":
-            return wrap_ring_attn_func(q, k, v, sinks=slopes)
+            return wrap_ring_attn_func(q, k, v, None, 0.0, True, (-1, -1), slopes[:3])
+        if self.mistake == "softcap as a tensor":
+            return wrap_ring_attn_func(q, k, v, softcap=slopes)
         if self.mistake == "bias in a packed call":
             cu_seqlens = slopes.to(torch.int32)
             return varlen(q[0], k[0], v[0], cu_seqlens, cu_seqlens, slopes)
+        if self.mistake == "seed of a part":
+            return wrap_ring_attn_func(q, k, v, dropout_p=0.5, dropout_seed=DropoutSeed(1))
+        if self.mistake == "sinks":
+            return wrap_ring_attn_func(q, k, v, sinks=slopes[:4])
         if self.mistake == "window":
             return wrap_ring_attn_func(q, k, v, window_size=(-3, 0))
         if self.mistake == "packed totals":
