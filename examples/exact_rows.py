@@ -59,7 +59,7 @@ def main() -> None:
         for first in range(0, args.keys, args.chunk):
             tokens = torch.arange(first, min(first + args.chunk, args.keys))
             k, v = inputs.rows("k", tokens), inputs.rows("v", tokens)
-            block = kernel.forward(q, k, v, softmax_scale=scale, window=(-1, -1))
+            block = kernel.forward(q, k, v, softmax_scale=scale, window=(-1, -1), mods=None)
             partial.merge_(everything, *block)
             progress.advance(task, len(tokens))
         out, _ = partial.current()

@@ -242,7 +242,7 @@ def _measure_kernels(rank: Rank, dtype: str) -> tuple[list[float], list[float]]:
     for tile in _tiles():
         shapes = [(1, n, HEADS, HEAD_DIM) for n in (tile.q1, tile.k1, tile.k1, tile.q1)]
         q, k, v, dout = (torch.randn(shape, dtype=sizes.torch_dtype) for shape in shapes)
-        options: dict[str, Any] = {"softmax_scale": 0.125, "window": tile.window()}
+        options: dict[str, Any] = {"softmax_scale": 0.125, "window": tile.window(), "mods": None}
 
         def run(
             q: Tensor = q, k: Tensor = k, v: Tensor = v, options: dict[str, Any] = options
@@ -250,7 +250,7 @@ def _measure_kernels(rank: Rank, dtype: str) -> tuple[list[float], list[float]]:
             return kernel.forward(q, k, v, **options)
 
         out, lse = run()
-        results = dout, q, k, v, out, lse
+        results = dout, q, k, v, out, lse, None
         forward.append(_median_seconds(run))
         backward.append(
             _median_seconds(lambda some=results, o=options: kernel.backward(*some, **o))  # type: ignore[misc]

@@ -28,7 +28,7 @@ def test_cases_cover_layouts_masks_lengths_and_exchanges() -> None:
     assert all(tile.pairs() > 0 for tile in _tiles())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_calibrates_predicts_and_writes_a_file_that_is_read(tmp_path: Path) -> None:
     cluster = calibrate()
     check_cluster(cluster)

@@ -25,8 +25,7 @@ class SimulatedCall:
         sizes: heads, head dims, batch and dtype.
         mask: in tokens; `Mask.from_window(causal, window_size)` takes the public arguments.
         q_layout: how queries are spread over the ranks: a name in `LAYOUTS`, or any layout.
-        k_layout: likewise for keys and values; None: as the queries. `wrap_zigzag_attn_func` with
-            contiguous shards computes q_layout "zigzag" with k_layout "contiguous".
+        k_layout: likewise for keys and values; None: as the queries.
         exchange: a name in `EXCHANGES`.
         shard_lens: tokens of every contiguous shard; None: as equal as they can be.
         cu_seqlens: packed documents, the same for queries and keys; None: one document.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.online_softmax import ROWS_AT_ONCE
@@ -45,11 +46,12 @@ class KernelTraits:
 
 def traits_of(kernel: AttentionKernel) -> KernelTraits:
     """The traits of a kernel at hand; those of fused kernels in general where nothing is known."""
+    calls = partial(kernel.calls, plain=True)
     if kernel.name == "torch_cpu":
         from nnscaler_ring.core.kernels.torch_cpu import FULL_BLOCK_ROWS
 
-        return KernelTraits(kernel.calls, True, FULL_BLOCK_ROWS, _pairs_in_blocks, _is_short)
-    return KernelTraits(kernel.calls)
+        return KernelTraits(calls, True, FULL_BLOCK_ROWS, _pairs_in_blocks, _is_short)
+    return KernelTraits(calls)
 
 
 def _pairs_in_blocks(tile: Tile) -> int:
@@ -97,7 +99,7 @@ def predict_memory(
     ledger.forward()
     forward = ledger.peak
     if backward:
-        ledger = _Ledger(call, rank, traits, rounds=ledger.rounds)
+        ledger = _Ledger(call, rank, traits)
         ledger.backward()
         if ledger.peak.total() > forward.total():
             return Memory(dict(ledger.peak))
@@ -139,7 +141,6 @@ class _Ledger:
     traits: KernelTraits
     live: Counter[str] = field(default_factory=Counter)
     peak: Counter[str] = field(default_factory=Counter)
-    rounds: list[_Round] | None = None
 
     def __post_init__(self) -> None:
         sizes = self.call.sizes
@@ -284,14 +285,9 @@ class _Ledger:
 
     # The exchanges of core/exchange.py.
 
-    def _rounds(self) -> list[_Round]:
-        if self.rounds is None:
-            self.rounds = list(self._make_rounds())
-        return self.rounds
-
-    def _make_rounds(self) -> Iterator[_Round]:
+    def _rounds(self, *, backward: bool) -> Iterator[_Round]:
         ranks = self.schedule.world_size
-        parts = message_parts(self.schedule)
+        parts = message_parts(self.schedule, backward=backward)
         distances = sorted({*range(1, min(ALIKE + 1, ranks)), *range(max(1, ranks - ALIKE), ranks)})
         for distance in distances:
             source, target = (self.rank - distance) % ranks, (self.rank + distance) % ranks
@@ -325,7 +321,7 @@ class _Ledger:
         self._post(number + 1, rounds)
 
     def _direct_forward(self) -> None:
-        rounds = self._rounds()
+        rounds = list(self._rounds(backward=False))
         self._post(0, rounds)
         self.compute(self._local_tiles())
         for number, round_ in enumerate(rounds):
@@ -335,7 +331,7 @@ class _Ledger:
 
     def _direct_backward(self) -> None:
         sizes = self.call.sizes
-        rounds = self._rounds()
+        rounds = list(self._rounds(backward=True))
         self._post(0, rounds)
         self.compute_gradients(self._local_tiles(), self.home)
         for number, round_ in enumerate(rounds):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.exchange import GradientStep, Keys, KVExchange
 from nnscaler_ring.core.kernels import AttentionKernel, Problem
+from nnscaler_ring.core.kernels.tile_math import TileGradients
 from nnscaler_ring.core.tile import Tile
 from nnscaler_ring.simulator.live_bytes import LiveBytes
 from nnscaler_ring.simulator.memory import predict_memory, traits_of
@@ -147,20 +148,21 @@ class _WatchedKernel:
     def supports(self, problem: Problem) -> str | None:
         return self.inner.supports(problem)
 
-    def calls(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
-        return self.inner.calls(tiles)
+    def calls(self, tiles: Sequence[Tile], *, plain: bool) -> Sequence[Tile]:
+        return self.inner.calls(tiles, plain=plain)
 
     def forward(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         return self._watched(self.inner.forward, tensors, options)
 
-    def backward(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, *tensors: Tensor | None, **options: Any) -> TileGradients:
         return self._watched(self.inner.backward, tensors, options)
 
     def _watched(self, compute: Any, tensors: Any, options: Any) -> Any:
         with self.meter.making("temp_scores"):
             results = compute(*tensors, **options)
         for x in results:
-            self.meter.move(x, "block")
+            if x is not None:
+                self.meter.move(x, "block")
         return results
 
 

@@ -21,6 +21,7 @@ from nnscaler_ring.core.exchange import KVExchange
 from nnscaler_ring.core.groups import Traffic
 from nnscaler_ring.core.kernels import AttentionKernel, select_kernel
 from nnscaler_ring.core.schedule import Rows
+from nnscaler_ring.core.scores import Scores
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.inputs import Inputs
 from nnscaler_ring.simulator.stand_in import Peers, Queries, exchange_plan, stand_in
@@ -203,7 +204,7 @@ class RingAttentionSimulator:
                 v,
                 exchange=watch.exchange(plan.start(transport)),
                 kernel=watch.kernel(self.kernel),
-                softmax_scale=self.call.scale,
+                scores=Scores(self.call.scale),
             )
         assert transport.traffic is not None
         return out, lse, transport.traffic
@@ -214,8 +215,9 @@ class RingAttentionSimulator:
         plan = exchange_plan(self.call.exchange, self.call.schedule, rank)
         transport = stand_in(plan, rank, self._peers, backward=True, aside=watch.aside)
         with watch.running():
-            dq, dk, dv = attention_backward(
+            dq, dk, dv, *_ = attention_backward(
                 own.dout,
+                None,
                 own.q,
                 k,
                 v,
@@ -223,7 +225,7 @@ class RingAttentionSimulator:
                 own.softmax_lse,
                 exchange=watch.exchange(plan.start(transport)),
                 kernel=watch.kernel(self.kernel),
-                softmax_scale=self.call.scale,
+                scores=Scores(self.call.scale),
             )
         assert transport.traffic is not None
         return dq, dk, dv, transport.traffic

@@ -21,19 +21,22 @@ from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward
 from nnscaler_ring.core.exchange import (
+    BACKWARD_KEYS,
     EXCHANGES,
-    KEYS_PER_MESSAGE,
+    FORWARD_KEYS,
     AllGatherPlan,
     DirectPlan,
     ExchangePlan,
     GradientStep,
     RingPlan,
+    Round,
 )
 from nnscaler_ring.core.groups import Place, Traffic
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.online_softmax import accumulation_dtype
 from nnscaler_ring.core.row_sum import RowSum
 from nnscaler_ring.core.schedule import Rows, Schedule, Step
+from nnscaler_ring.core.scores import Scores
 from nnscaler_ring.core.tile import Tile
 from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
 
@@ -81,6 +84,7 @@ class Peers:
         step = _OneStep(tiles)
         attention_backward(
             peer.dout,
+            None,
             peer.q,
             k,
             v,
@@ -88,7 +92,7 @@ class Peers:
             peer.softmax_lse,
             exchange=step,
             kernel=self.kernel,
-            softmax_scale=self.softmax_scale,
+            scores=Scores(self.softmax_scale),
         )
         return step.dk, step.dv
 
@@ -104,7 +108,7 @@ class _OneStep:
 
     def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
         self.dk, self.dv = RowSum(k), RowSum(v)
-        yield GradientStep(k, v, self._tiles, self.dk, self.dv)
+        yield GradientStep(k, v, self._tiles, (), self.dk, self.dv)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         return self.dk.current(), self.dv.current()
@@ -159,8 +163,9 @@ def stand_in(
     kv_kind: Kind = "backward_kv" if backward else "forward_kv"
     match plan:
         case DirectPlan():
-            answers[kv_kind] = _direct_keys(plan, peers)
-            answers["gradient"] = _direct_gradients(plan, rank, peers)
+            rounds = plan.backward_rounds if backward else plan.forward_rounds
+            answers[kv_kind] = _direct_keys(rounds, peers)
+            answers["gradient"] = _direct_gradients(plan.backward_rounds, rank, peers)
         case RingPlan():
             answers[kv_kind] = _ring_keys(plan, peers)
             answers["gradient"] = _ring_gradients(plan, rank, peers)
@@ -177,16 +182,16 @@ def stand_in(
     )
 
 
-def _direct_keys(plan: DirectPlan, peers: Peers) -> Iterator[Answer]:
-    for round_ in plan.rounds:
+def _direct_keys(rounds: Sequence[Round], peers: Peers) -> Iterator[Answer]:
+    for round_ in rounds:
         step = round_.incoming
         yield lambda receives, step=step: _fill(
             receives, *peers.shares.keys(step.source, step.rows)
         )  # type: ignore[misc]
 
 
-def _direct_gradients(plan: DirectPlan, rank: int, peers: Peers) -> Iterator[Answer]:
-    for round_ in plan.rounds:
+def _direct_gradients(rounds: Sequence[Round], rank: int, peers: Peers) -> Iterator[Answer]:
+    for round_ in rounds:
 
         def answer(receives: Sequence[Message], round_=round_) -> None:  # type: ignore[no-untyped-def]
             step = round_.outgoing
@@ -292,9 +297,10 @@ def _fill(receives: Sequence[Message], k: Tensor, v: Tensor) -> None:
         part.copy_(x)
 
 
-def message_parts(schedule: Schedule) -> int:
+def message_parts(schedule: Schedule, *, backward: bool) -> int:
     """How many messages the direct exchange cuts a step into."""
-    return 1 << max(0, (max(schedule.k_lens) // KEYS_PER_MESSAGE).bit_length() - 1)
+    keys = BACKWARD_KEYS if backward else FORWARD_KEYS
+    return 1 << max(0, (max(schedule.k_lens) // keys).bit_length() - 1)
 
 
 def is_packed(step: Step, batch: int) -> bool:

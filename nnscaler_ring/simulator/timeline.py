@@ -75,9 +75,12 @@ def simulate_timeline(
     costs = Costs(call.sizes, cluster, traits)
     if call.exchange == "all_gather":
         return _all_gather(call, costs, backward)
-    make = ring_work if call.exchange == "ring" else rank_work
-    works = [make(call, rank) for rank in range(call.ranks)]
-    return run_steps(works, costs, backward=backward, ring=call.exchange == "ring")
+    ring = call.exchange == "ring"
+    works = [
+        ring_work(call, rank) if ring else rank_work(call, rank, backward=backward)
+        for rank in range(call.ranks)
+    ]
+    return run_steps(works, costs, backward=backward, ring=ring)
 
 
 def run_steps(works: Sequence[RankWork], costs: Costs, *, backward: bool, ring: bool) -> Timeline:

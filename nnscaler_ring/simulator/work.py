@@ -44,10 +44,10 @@ class RankWork:
         return remote + sum(tile.pairs() for tile in self.local)
 
 
-def rank_work(call: SimulatedCall, rank: int) -> RankWork:
+def rank_work(call: SimulatedCall, rank: int, *, backward: bool) -> RankWork:
     """What a rank does with the direct exchange, message by message."""
     schedule, ranks = call.schedule, call.ranks
-    parts = message_parts(schedule)
+    parts = message_parts(schedule, backward=backward)
     steps: list[StepWork] = []
     for distance in range(1, ranks):
         source, target = (rank - distance) % ranks, (rank + distance) % ranks

@@ -56,7 +56,7 @@ def test_exact_rows_at_constant_memory(tmp_path: Path) -> None:
     assert peaks[0] == peaks[1]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_memory_scaling_over_processes(tmp_path: Path) -> None:
     sizes = (
         "--ranks",

@@ -73,7 +73,11 @@ def test_a_slow_link_is_waited_for() -> None:
     slow = replace(TOY, inside=Link(1e5, 0.0))
     found = timeline(slow, mask=FULL)
     call = SimulatedCall(1024, 4, SIZES, FULL, "zigzag")
-    sent = sum(step.rows_in for step in rank_work(call, 0).steps) * SIZES.kv_numbers * 4
+    sent = (
+        sum(step.rows_in for step in rank_work(call, 0, backward=False).steps)
+        * SIZES.kv_numbers
+        * 4
+    )
     last_step = SIZES.flops(256 * 256, backward=False) / 1e9
     assert found.seconds == pytest.approx(sent / 1e5 + last_step, rel=1e-6)
     later = timeline(replace(slow, inside=Link(1e5, 0.5)), mask=FULL)
