@@ -98,7 +98,7 @@ def test_memory_per_rank_falls_as_one_over_ranks(mask: Mask, backward: bool) -> 
         peaks.append(profile.total - profile.at_peak.get("temp_scores", 0))
     for more, fewer in itertools.pairwise(peaks[1:]):
         assert fewer < 0.6 * more, peaks
-    assert peaks[-1] < peaks[0] / 3.5, peaks  # one device holds no messages
+    assert peaks[-1] < peaks[0] / 3, peaks  # one device holds no messages
 
 
 def test_all_gather_memory_does_not_fall() -> None:
