@@ -81,10 +81,13 @@ def sum_gradients(model: nn.Module, process_group: ProcessGroupLike | None) -> N
     """
     if process_group is None:
         return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if not gradients:
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # A rank may have no gradient where another has one; a parameter that none uses keeps None.
+    used = [torch.tensor([float(p.grad is not None)]).to(p) for p in parameters]
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([x.flatten() for x in (*parts, *used)])
     dist.all_reduce(flat, group=group_of(group_string(process_group)))
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    sums = flat.split([*(p.numel() for p in parameters), len(parameters)])
+    for parameter, total, users in zip(parameters, sums, sums[-1].tolist(), strict=False):
+        if users:
+            parameter.grad = total.view_as(parameter).clone()
