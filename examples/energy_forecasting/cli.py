@@ -42,7 +42,7 @@ ATTRIBUTION = (
     "doi:10.1038/s41597-020-0483-x; v1.4, doi:10.5281/zenodo.3517196; CC BY 4.0"
 )
 OUT = Path("energy")
-console = Console()
+console = Console(soft_wrap=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -312,6 +312,8 @@ def write_whole(path: Path, text: str) -> None:
 def show_scores(scores: dict[str, Any]) -> None:
     """The table on the screen."""
     table = Table("horizon", "skill", "95 %", "MAE, MW", "1 - MAPE", "best naive", "its 1 - MAPE")
+    for column in table.columns:
+        column.no_wrap = True
     for horizon, found in scores.items():
         low, high = found["skill_95_percent"]
         table.add_row(
@@ -324,6 +326,37 @@ def show_scores(scores: dict[str, Any]) -> None:
             f"{found['naives'][found['best_naive']]['one_minus_mape']:.2%}",
         )
     console.print(table)
+
+
+@commands.command("ranks")
+@series_options
+@click.option("--context", default=35_040, show_default=True, help="Hours, to measure memory at.")
+@click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="To compare.")
+@out_option
+def compare(context: int, steps: int, out: Path, **given: Any) -> None:
+    """The same training on 1, 2 and 4 ranks: losses, forecasts, and the memory of a rank."""
+    with plain_errors():
+        from examples.energy_forecasting.plots import memory_figure, png
+        from examples.energy_forecasting.same_on_ranks import compare_ranks
+
+        series = load(**given)
+        config = EXCERPT if given["csv_path"] is None else Config()
+        results = compare_ranks(series, config, steps, context)
+        results["provenance"] = provenance(series)
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "ranks.json", json.dumps(results, indent=1) + "\n")
+        (out / "memory.png").write_bytes(png(memory_figure(results["memory"])))
+    table = Table("ranks", "loss, relative", "in float64", "forecast, MW", "MiB, busiest rank")
+    for same, memory in zip(results["same"], results["memory"]["by_ranks"], strict=True):
+        table.add_row(
+            f"{same['ranks']}",
+            f"{same['largest_relative_difference_of_a_loss']:.1e}",
+            f"{same['largest_relative_difference_in_float64']:.1e}",
+            f"{same['largest_difference_of_a_forecast']:.2g}",
+            f"{max(memory['peak_bytes']) / 2**20:.0f}",
+        )
+    console.print(table)
+    console.print(f"wrote {out / 'ranks.json'} and memory.png")
 
 
 @commands.command()

@@ -127,11 +127,10 @@ class Features:
 
     def tokens(self, hours: Tensor) -> Tensor:
         """[len(hours), width] of these hours; history before the series is 0."""
-        recent = hours.unsqueeze(1) - torch.arange(self.config.recent)
-        parts = [_history(self.filled, recent)]
-        observed = _history(self.observed.float(), recent)
-        parts += [observed[:, :1], observed[:, :DAY].mean(1, keepdim=True)]
-        parts += [_history(channel, recent[:, :DAY]) for channel in self.channels]
+        observed = _history(self.observed.float(), hours, DAY)
+        parts = [_history(self.filled, hours, self.config.recent)]
+        parts += [observed[:, -1:], observed.mean(1, keepdim=True)]
+        parts += [_history(channel, hours, DAY) for channel in self.channels]
         return torch.cat([*parts, self.calendar[hours]], dim=1)
 
     def ahead(self, origins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,9 +176,10 @@ class Features:
         return torch.where(known, found, torch.nan)
 
 
-def _history(values: Tensor, hours: Tensor) -> Tensor:
-    """values[hours], 0 before the start."""
-    return torch.where(hours >= 0, values[hours.clamp(min=0)], 0.0)
+def _history(values: Tensor, hours: Tensor, length: int) -> Tensor:
+    """[len(hours), length]: the values up to and including each hour, 0 before the start."""
+    padded = torch.cat((values.new_zeros(length - 1), values))
+    return padded.unfold(0, length, 1)[hours]
 
 
 def _level(values: Tensor, origins: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 import numpy as np
+from matplotlib.dates import ConciseDateFormatter
 from matplotlib.figure import Figure
 
 from examples.energy_forecasting.config import DAY, Config
@@ -54,6 +55,7 @@ def forecast_figure(
         axes.plot(times, actual / 1e3, color=ORANGE, lw=1, label="what came")
     axes.axvline(origin, color=GREY, lw=0.8, ls=":")
     axes.set(ylabel="GW", title=f"Forecast from {origin} UTC")
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator()))
     axes.legend(ncols=5, fontsize=8, frameon=False)
     return figure
 
@@ -69,7 +71,8 @@ def error_figure(test: Forecasts, config: Config) -> Figure:
     left.set(xlabel="hour of the day, UTC", ylabel="MAE, GW", title="Day-ahead error by hour")
     names = sorted(set(months.tolist()))
     means = [np.nanmean(size[months == np.datetime64(name, "M")]) for name in names]
-    right.bar([f"{name:%b}" for name in names], means, color=BLUE)
+    right.bar(range(len(names)), means, color=BLUE)
+    right.set_xticks(range(len(names)), [f"{name:%b}" for name in names])
     right.set(ylabel="MAE, GW", title="Day-ahead error by month")
     return figure
 
@@ -82,7 +85,8 @@ def skill_figure(scores: dict[str, Any], test: Forecasts, config: Config) -> Fig
     values = np.array([scores[h]["skill"] for h in horizons])
     bounds = np.array([scores[h]["skill_95_percent"] for h in horizons])
     reach = np.abs(bounds - values[:, None]).T
-    left.bar([f"{h} h" for h in horizons], values, yerr=reach, color=BLUE, capsize=4)
+    left.bar(range(len(horizons)), values, yerr=reach, color=BLUE, capsize=4)
+    left.set_xticks(range(len(horizons)), [f"{h} h" for h in horizons])
     left.axhline(0, color=GREY, lw=0.8)
     left.set(ylabel="1 - MAE / MAE of the best naive", title="Skill")
     for name, errors_by_day in by_lead_day(test, config).items():
@@ -97,4 +101,23 @@ def skill_figure(scores: dict[str, Any], test: Forecasts, config: Config) -> Fig
         )
     right.set(xlabel="days ahead", ylabel="MAE, GW", title="Error by lead time", ylim=(0, None))
     right.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def memory_figure(memory: dict[str, Any]) -> Figure:
+    """Peak memory of the busiest rank against the number of ranks."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    counts = [entry["ranks"] for entry in memory["by_ranks"]]
+    peaks = [max(entry["peak_bytes"]) / 2**20 for entry in memory["by_ranks"]]
+    axes.plot(counts, peaks, "o-", color=BLUE, label="measured, busiest rank")
+    axes.plot(counts, [peaks[0] / n for n in counts], "--", color=GREY, label="1 / ranks")
+    axes.set(
+        xlabel="ranks",
+        ylabel="MiB",
+        xticks=counts,
+        ylim=(0, None),
+        title=f"A training step over {memory['context']:,} hours",
+    )
+    axes.legend(frameon=False)
     return figure

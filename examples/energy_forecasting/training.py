@@ -79,7 +79,7 @@ def train(
     Raises:
         ValueError: the checkpoint is of another run; or as `split`.
     """
-    run = _Run(rank, series, config, dtype)
+    run = Run(rank, series, config, dtype)
     state = run.state
     if path is not None and path.exists():
         state = run.resume(Checkpoint.load(path), path)
@@ -101,7 +101,15 @@ def train(
     return run.snapshot()
 
 
-class _Run:
+class Run:
+    """A model in training on this rank.
+
+    Args:
+        rank: of the ranks that share every context.
+        series, config: as in `train`.
+        dtype: of weights and activations.
+    """
+
     def __init__(
         self, rank: Rank, series: HourlySeries, config: Config, dtype: torch.dtype
     ) -> None:
@@ -118,6 +126,7 @@ class _Run:
         self.just_validated = False
 
     def resume(self, saved: Checkpoint, path: Path) -> Checkpoint:
+        """Go on where a checkpoint of the same run stopped."""
         if config_from(saved.config) != self.config:
             raise ValueError(
                 f"{path} was saved by a run with other settings; choose another --checkpoint, or "

@@ -31,12 +31,12 @@ class CAISOClient:
     """A thin client of OASIS.
 
     Args:
-        url: of SingleZip, for tests.
+        url: of SingleZip, if it is not CAISO's own.
         http: how to ask; 5 s apart by default.
     """
 
-    def __init__(self, *, url: str = URL, http: PatientHttp | None = None) -> None:
-        self._url = url
+    def __init__(self, *, url: str | None = None, http: PatientHttp | None = None) -> None:
+        self._url = url or URL
         self._http = http or PatientHttp(
             spacing_seconds=SPACING_SECONDS, backoff_seconds=SPACING_SECONDS
         )

@@ -34,7 +34,7 @@ class EIAClient:
 
     Args:
         api_key: None takes the environment's EIA_API_KEY.
-        url: of the API, for tests.
+        url: of the API, if it is not the EIA's own.
         http: how to ask.
 
     Raises:
@@ -42,7 +42,11 @@ class EIAClient:
     """
 
     def __init__(
-        self, api_key: str | None = None, *, url: str = URL, http: PatientHttp | None = None
+        self,
+        api_key: str | None = None,
+        *,
+        url: str | None = None,
+        http: PatientHttp | None = None,
     ) -> None:
         key = api_key or os.environ.get(KEY_VARIABLE, "")
         if not key.strip():
@@ -50,7 +54,7 @@ class EIAClient:
                 f"api_key must be given, or {KEY_VARIABLE} set; keys are free at "
                 "https://www.eia.gov/opendata/."
             )
-        self._key, self._url, self._http = key.strip(), url, http or PatientHttp()
+        self._key, self._url, self._http = key.strip(), url or URL, http or PatientHttp()
 
     def __repr__(self) -> str:
         return f"EIAClient(api_key='***', url={self._url!r})"
