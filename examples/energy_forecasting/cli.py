@@ -223,6 +223,7 @@ def train(
                 config,
                 checkpoint,
                 60 * max_minutes,
+                this_command(),
                 on_report=show,
                 timeout_seconds=600,
             )[0]
@@ -275,6 +276,7 @@ def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
             "anomalous_hours": len(found),
             "anomalies": found[:50],
             "training": {
+                "command": saved.command,
                 "ranks": saved.ranks,
                 "steps": saved.step,
                 "seconds": round(saved.seconds, 1),
@@ -294,12 +296,17 @@ def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
 def provenance(series: HourlySeries) -> dict[str, Any]:
     """What a number needs beside it."""
     return {
-        "command": shlex.join(["python", "-m", "examples.energy_forecasting", *sys.argv[1:]]),
+        "command": this_command(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name("cpu"),
         "versions": package_versions() | {"numpy": np.__version__},
         "data": asdict(series.quality) | {"source": series.source, "attribution": ATTRIBUTION},
     }
+
+
+def this_command() -> str:
+    """The command line, as one can type it again."""
+    return shlex.join(["python", "-m", "examples.energy_forecasting", *sys.argv[1:]])
 
 
 def write_whole(path: Path, text: str) -> None:

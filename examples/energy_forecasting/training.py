@@ -40,6 +40,7 @@ class Checkpoint:
     optimizer: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
     source: str = ""
+    command: str = ""  # that began the training
 
     def save(self, path: Path) -> None:
         """All or nothing."""
@@ -68,6 +69,7 @@ def train(
     config: Config,
     path: Path | None = None,
     max_seconds: float = math.inf,
+    command: str = "",
     dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
     """Train on this rank together with the others, from the checkpoint at `path` if there is one.
@@ -75,12 +77,14 @@ def train(
     Args:
         path: where rank 0 saves; None keeps nothing.
         max_seconds: stop there, to be resumed.
+        command: kept in the checkpoint, so that a result can say where it comes from.
 
     Raises:
         ValueError: the checkpoint is of another run; or as `split`.
     """
     run = Run(rank, series, config, dtype)
     state = run.state
+    state.command = command
     if path is not None and path.exists():
         state = run.resume(Checkpoint.load(path), path)
     begin, before = time.monotonic(), state.seconds
