@@ -199,7 +199,9 @@ def train(
         series = load(**given)
         config = EXCERPT if excerpt or given["csv_path"] is None else Config()
         changes = {"context": context, "steps": steps, "time_zone": clocks}
-        given_changes = {name: value for name, value in changes.items() if value is not None}
+        given_changes: dict[str, Any] = {
+            name: value for name, value in changes.items() if value is not None
+        }
         config = replace(config, seed=seed, **given_changes)
         check_config(config)
         split(series, config)
@@ -270,7 +272,7 @@ def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
             for n, part in enumerate(origins)
         )
         found = anomalies(validation, test, config)
-        results = {
+        results: dict[str, Any] = {
             "series": series.source,
             "horizons": score(validation, test, config),
             "anomalous_hours": len(found),
@@ -401,3 +403,11 @@ def forecast(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
         image = png(forecast_figure(start, quantiles, config, past=known))
         (out / "forecast.png").write_bytes(image)
     console.print(f"forecast from {start} UTC: wrote {out / 'forecast.csv'} and forecast.png")
+
+
+@commands.command()
+def results() -> None:
+    """Print the README's tables from results/*.json."""
+    from examples.energy_forecasting.summary import markdown
+
+    click.echo(markdown(), nl=False)

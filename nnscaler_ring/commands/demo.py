@@ -94,7 +94,7 @@ def demo(
     for path in write_report(config, result, out, command):
         console.print(f"wrote {path}", highlight=False)
     console.print(f"\n[bold]{sentence(config, result)}[/]", highlight=False)
-    console.print(f"A model on real data, with data clients and a report: {EXAMPLE}")
+    console.print(f"\nNext, a model on real data: {EXAMPLE}/README.md", highlight=False)
     if not result.is_equal:
         sys.exit(1)
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -75,7 +76,11 @@ class PatientHttp:
     def _get(
         self, url: str, params: Mapping[str, str], headers: Mapping[str, str] | None
     ) -> requests.Response:
-        options = {"headers": headers, "timeout": self.timeout_seconds, "allow_redirects": False}
+        options: dict[str, Any] = {
+            "headers": headers,
+            "timeout": self.timeout_seconds,
+            "allow_redirects": False,
+        }
         reply = self.session.get(url, params=params, **options)
         if reply.is_redirect and reply.next is not None and reply.next.url is not None:
             if urlsplit(reply.next.url).hostname != urlsplit(url).hostname:
