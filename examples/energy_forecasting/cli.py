@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -23,6 +24,7 @@ from rich.table import Table
 from examples.energy_forecasting.config import EXCERPT, Config, config_from
 from examples.energy_forecasting.evaluation import (
     anomalies,
+    check_origins,
     collect,
     forecast_on_rank,
     score,
@@ -256,6 +258,7 @@ def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
         config = config_from(saved.config)
         parts = split(series, config)
         origins = [parts.validation, parts.test]
+        check_origins(series, saved, parts.validation)
         with Progress(console=console) as progress:
             task = progress.add_task("forecasting", total=sum(map(len, origins)))
             by_rank = run_ranks(
@@ -268,7 +271,7 @@ def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
                 timeout_seconds=600,
             )
         validation, test = (
-            collect(series, config, part, [found[n] for found in by_rank])
+            collect(series, saved, part, [found[n] for found in by_rank])
             for n, part in enumerate(origins)
         )
         found = anomalies(validation, test, config)
@@ -320,16 +323,13 @@ def write_whole(path: Path, text: str) -> None:
 
 def show_scores(scores: dict[str, Any]) -> None:
     """The table on the screen."""
-    table = Table("horizon", "skill", "95 %", "MAE, MW", "1 - MAPE", "best naive", "its 1 - MAPE")
-    for column in table.columns:
-        column.no_wrap = True
+    table = Table("horizon", "skill", "95 %", "1 - MAPE", "best naive", "its own", box=SIMPLE)
     for horizon, found in scores.items():
         low, high = found["skill_95_percent"]
         table.add_row(
             f"{horizon} h",
             f"{found['skill']:+.3f}",
-            f"{low:+.3f} to {high:+.3f}",
-            f"{found['model']['mae']:.0f}",
+            f"{low:+.3f} {high:+.3f}",
             f"{found['model']['one_minus_mape']:.2%}",
             found["best_naive"],
             f"{found['naives'][found['best_naive']]['one_minus_mape']:.2%}",
@@ -385,6 +385,7 @@ def forecast(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
             "datetime64[D]"
         )
         origin = int((days[0] - series.start) / np.timedelta64(1, "h"))
+        check_origins(series, saved, range(origin, origin + 1))
         by_rank = run_ranks(
             ranks,
             forecast_on_rank,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from examples.energy_forecasting.config import DAY, Config, config_from
-from examples.energy_forecasting.features import Features, naive_names
+from examples.energy_forecasting.features import naive_names
 from examples.energy_forecasting.metrics import (
     absolute_errors,
     bootstrap,
@@ -21,7 +21,6 @@ from examples.energy_forecasting.metrics import (
 from examples.energy_forecasting.model import Forecaster
 from examples.energy_forecasting.series import HOUR, HourlySeries
 from examples.energy_forecasting.sharding import forecast_window
-from examples.energy_forecasting.splits import split
 from examples.energy_forecasting.training import Checkpoint, passes
 from nnscaler_ring.launch import Rank
 
@@ -54,7 +53,7 @@ def forecast_on_rank(
     """For every range of origins, those that this rank owns -> quantiles [longest, quantiles]."""
     config = config_from(saved.config)
     group = rank.group if rank.world_size > 1 else None
-    features = Features(series, config, split(series, config).train_stop)
+    features = saved.features(series)
     model = Forecaster(config, features.width, group)
     model.load_state_dict(saved.best or saved.model)
     model.eval()
@@ -72,12 +71,34 @@ def forecast_on_rank(
     return results
 
 
+def check_origins(series: HourlySeries, saved: Checkpoint, origins: range) -> None:
+    """Whether a trained model may forecast these origins of a series.
+
+    Raises:
+        ValueError: too little history before the first, or training has seen its hours.
+    """
+    config = config_from(saved.config)
+    needed = config.context + config.history
+    if origins[0] < needed:
+        raise ValueError(
+            f"the series must have {needed} hours before the first forecast (a context of "
+            f"{config.context} and {config.history} of history), got {origins[0]}; take a longer "
+            "series, or train with a shorter --context."
+        )
+    first = series.start + origins[0] * HOUR
+    if first < np.datetime64(saved.trained_until):
+        raise ValueError(
+            f"forecasts must begin where training stopped, {saved.trained_until} UTC, or later, "
+            f"got {first}; take a series that goes on, or train on this one."
+        )
+
+
 def collect(
-    series: HourlySeries, config: Config, origins: range, by_rank: list[dict[int, Array]]
+    series: HourlySeries, saved: Checkpoint, origins: range, by_rank: list[dict[int, Array]]
 ) -> Forecasts:
     """The forecasts of all ranks with what came and what seasonal naives say."""
     quantiles = {origin: x for found in by_rank for origin, x in found.items()}
-    features = Features(series, config, split(series, config).train_stop)
+    features = saved.features(series)
     hours = torch.tensor(list(origins), dtype=torch.int64)
     restore = features.scaler.restore
     return Forecasts(

@@ -8,6 +8,7 @@ from a later hour, and the scaler is fitted on training hours alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timezone
 from zoneinfo import ZoneInfo
@@ -95,29 +96,49 @@ def calendar(start: np.datetime64, hours: int, time_zone: str) -> Tensor:
     return torch.tensor(table, dtype=torch.float32)
 
 
+def fit_scalers(series: HourlySeries, train_stop: int) -> dict[str, Scaler]:
+    """A scaler per column, from the hours before `train_stop`.
+
+    Raises:
+        ValueError: a column does not vary there.
+    """
+    scalers = {}
+    for name, values in series.columns.items():
+        try:
+            scalers[name] = Scaler.fit(values[:train_stop])
+        except ValueError as error:
+            raise ValueError(f"column {name!r}: {error}") from None
+    return scalers
+
+
 class Features:
     """The features of one series; hours are counted from its start.
 
     Args:
         series: the first column is forecast, the others are channels.
         config: the run.
-        train_stop: the scalers see the hours before it.
+        scalers: of `fit_scalers`, as the model was trained with.
+
+    Raises:
+        ValueError: other columns than those of the scalers.
     """
 
-    def __init__(self, series: HourlySeries, config: Config, train_stop: int) -> None:
+    def __init__(self, series: HourlySeries, config: Config, scalers: Mapping[str, Scaler]) -> None:
+        if list(series.columns) != list(scalers):
+            raise ValueError(
+                f"the series must have the columns {list(scalers)}, as in training, got "
+                f"{list(series.columns)}; name them with --target and --channel."
+            )
         self.config, self.start = config, series.start
-        self.scaler = Scaler.fit(series.target[:train_stop])
+        self.scaler = next(iter(scalers.values()))
         self.target = torch.tensor(self.scaler.scale(series.target), dtype=torch.float32)
         self.observed = ~torch.isnan(self.target)
         filled = fill_forward(self.target.numpy().astype(float))
         self.filled = torch.tensor(filled, dtype=torch.float32)
-        self.channels = []
-        for name, values in list(series.columns.items())[1:]:
-            try:
-                scaled = Scaler.fit(values[:train_stop]).scale(values)
-            except ValueError as error:
-                raise ValueError(f"channel {name!r}: {error}") from None
-            self.channels.append(torch.tensor(fill_forward(scaled), dtype=torch.float32))
+        self.channels = [
+            torch.tensor(fill_forward(scalers[name].scale(values)), dtype=torch.float32)
+            for name, values in list(series.columns.items())[1:]
+        ]
         self.calendar = calendar(series.start, len(series) + config.longest, config.time_zone)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from examples.energy_forecasting.config import DAY, Config, config_from
-from examples.energy_forecasting.features import Features
+from examples.energy_forecasting.features import Features, Scaler, fit_scalers
 from examples.energy_forecasting.model import Forecaster, pinball_loss
 from examples.energy_forecasting.series import HourlySeries
 from examples.energy_forecasting.sharding import forecast_window
@@ -31,6 +31,8 @@ class Checkpoint:
     """All that is needed to go on, or to forecast."""
 
     config: dict[str, Any]
+    scalers: dict[str, tuple[float, float]]  # by column
+    trained_until: str  # the first hour, UTC, that training did not see
     step: int = 0
     losses: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)  # step, loss
@@ -51,6 +53,15 @@ class Checkpoint:
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
+
+    def features(self, series: HourlySeries) -> Features:
+        """The features of a series, scaled as in training.
+
+        Raises:
+            ValueError: other columns than in training.
+        """
+        scalers = {name: Scaler(*values) for name, values in self.scalers.items()}
+        return Features(series, config_from(self.config), scalers)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
@@ -120,21 +131,29 @@ class Run:
         self.rank, self.series, self.config = rank, series, config
         self.group = rank.group if rank.world_size > 1 else None
         self.split: Split = split(series, config)
-        self.features = Features(series, config, self.split.train_stop)
+        scalers = fit_scalers(series, self.split.train_stop)
+        self.features = Features(series, config, scalers)
         torch.manual_seed(config.seed)
         self.model = Forecaster(config, self.features.width, self.group).to(dtype)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.state = Checkpoint(asdict(config), ranks=rank.world_size, source=series.source)
+        self.state = Checkpoint(
+            asdict(config),
+            scalers={name: astuple(scaler) for name, scaler in scalers.items()},
+            trained_until=str(series.times[self.split.train_stop]),
+            ranks=rank.world_size,
+            source=series.source,
+        )
         self.just_validated = False
 
     def resume(self, saved: Checkpoint, path: Path) -> Checkpoint:
         """Go on where a checkpoint of the same run stopped."""
-        if config_from(saved.config) != self.config:
+        settings = (self.config, self.state.scalers, self.state.trained_until)
+        if (config_from(saved.config), saved.scalers, saved.trained_until) != settings:
             raise ValueError(
-                f"{path} was saved by a run with other settings; choose another --checkpoint, or "
-                "the settings of that run."
+                f"{path} was saved by a run with other settings or another series; choose another "
+                "--checkpoint, or those of that run."
             )
         self.model.load_state_dict(saved.model)
         self.optimizer.load_state_dict(saved.optimizer)

@@ -50,7 +50,6 @@ class RingAttention(nn.Module):
         segment_size: int | None = None,
         causal: bool = True,
         *,
-        bias: bool = False,
         dropout_p: float = 0.0,
         exchange: str = "direct",
         process_group: ProcessGroupLike | None = None,
@@ -71,10 +70,10 @@ class RingAttention(nn.Module):
                 f"dropout_p must be 0.0 where ring_size cuts the sequence on one device, got "
                 f"{dropout_p}; leave ring_size out, or pass a process_group."
             )
-        self.w_q = nn.Linear(d_model, d_model, bias=bias)
-        self.w_k = nn.Linear(d_model, d_model, bias=bias)
-        self.w_v = nn.Linear(d_model, d_model, bias=bias)
-        self.w_o = nn.Linear(d_model, d_model, bias=bias)
+        self.w_q = nn.Linear(d_model, d_model, bias=False)
+        self.w_k = nn.Linear(d_model, d_model, bias=False)
+        self.w_v = nn.Linear(d_model, d_model, bias=False)
+        self.w_o = nn.Linear(d_model, d_model, bias=False)
 
     @property
     def chunks(self) -> int:

@@ -7,12 +7,22 @@ import pytest
 import torch
 
 from examples.energy_forecasting.config import YEAR, Config
-from examples.energy_forecasting.features import Features, Scaler, calendar, fill_forward
+from examples.energy_forecasting.features import (
+    Features,
+    Scaler,
+    calendar,
+    fill_forward,
+    fit_scalers,
+)
 from examples.energy_forecasting.series import HourlySeries
 from examples.energy_forecasting.splits import split
 from tests.energy_forecasting.example_series import SMALL, excerpt
 
 HOURS = np.timedelta64(1, "h")
+
+
+def features_of(series, config, train_stop):
+    return Features(series, config, fit_scalers(series, train_stop))
 
 
 def series_of(values, start="2024-01-01T00", **channels):
@@ -30,7 +40,7 @@ def with_values(series, values, hours):
 def test_nothing_of_a_token_or_an_origin_is_later():
     series, now = excerpt(), 2000
     later = with_values(series, 1e6, slice(now, None))
-    ours, theirs = (Features(x, SMALL, 1500) for x in (series, later))
+    ours, theirs = (features_of(x, SMALL, 1500) for x in (series, later))
     hours = torch.arange(now - 300, now)
     assert torch.equal(ours.tokens(hours), theirs.tokens(hours))
     assert not torch.equal(ours.tokens(hours + 1), theirs.tokens(hours + 1))
@@ -42,8 +52,8 @@ def test_nothing_of_a_token_or_an_origin_is_later():
 
 def test_the_scaler_sees_training_hours_only():
     series = excerpt()
-    features = Features(with_values(series, 1e9, slice(1500, None)), SMALL, 1500)
-    assert features.scaler == Features(series, SMALL, 1500).scaler
+    features = features_of(with_values(series, 1e9, slice(1500, None)), SMALL, 1500)
+    assert features.scaler == features_of(series, SMALL, 1500).scaler
     assert features.target[:1500].mean().abs() < 1e-5
     assert features.target[:1500].std() == pytest.approx(1, abs=1e-3)
 
@@ -58,7 +68,7 @@ def test_missing_hours_are_filled_from_before_and_masked():
     values[[0, 5, 30, 31, 54]] = np.nan
     filled = fill_forward(values)
     assert filled[[0, 5, 30, 31, 54]].tolist() == [0, 4, 6, 7, 6]  # 54 - 24 was itself filled
-    features = Features(series_of(np.tile(values, 20)), SMALL, 1000)
+    features = features_of(series_of(np.tile(values, 20)), SMALL, 1000)
     token = features.tokens(torch.tensor([31, 32]))
     recent = SMALL.recent
     assert token[:, recent].tolist() == [0, 1]  # was this hour observed?
@@ -66,7 +76,7 @@ def test_missing_hours_are_filled_from_before_and_masked():
 
 
 def test_a_token_carries_its_last_week():
-    features = Features(excerpt(), SMALL, 1500)
+    features = features_of(excerpt(), SMALL, 1500)
     token = features.tokens(torch.tensor([500, 3]))
     assert torch.equal(token[0, : SMALL.recent], features.target[500 - 167 : 501])
     assert token[1, : SMALL.recent - 4].eq(0).all()
@@ -74,12 +84,19 @@ def test_a_token_carries_its_last_week():
 
 def test_channels_widen_the_tokens():
     values = np.sin(np.arange(1200))
-    features = Features(series_of(values, price=np.cos(np.arange(1200))), SMALL, 800)
-    alone = Features(series_of(values), SMALL, 800)
+    features = features_of(series_of(values, price=np.cos(np.arange(1200))), SMALL, 800)
+    alone = features_of(series_of(values), SMALL, 800)
     assert features.width == alone.width + 24
     assert features.tokens(torch.arange(5)).shape == (5, features.width)
-    with pytest.raises(ValueError, match=r"channel 'price': a series must vary"):
-        Features(series_of(values, price=np.zeros(1200)), SMALL, 800)
+    with pytest.raises(ValueError, match=r"column 'price': a series must vary"):
+        features_of(series_of(values, price=np.zeros(1200)), SMALL, 800)
+
+
+def test_a_model_gets_the_columns_it_was_trained_with():
+    values = np.sin(np.arange(1200))
+    scalers = fit_scalers(series_of(values, price=np.cos(values)), 800)
+    with pytest.raises(ValueError, match=r"the columns \['demand', 'price'\], as in training, got"):
+        Features(series_of(values), SMALL, scalers)
 
 
 def test_the_calendar_follows_the_clocks():
@@ -94,7 +111,7 @@ def test_the_calendar_follows_the_clocks():
 def test_seasonal_naives_repeat_the_last_day_week_and_year():
     values = np.random.default_rng(0).normal(size=YEAR + 3000)
     config = replace(Config(), context=200, horizons=(24, 400))
-    features = Features(series_of(values), config, 2000)
+    features = features_of(series_of(values), config, 2000)
     origin, lead = YEAR + 500, torch.arange(400)
     naives = features.naives(torch.tensor([origin]))[0]
     target = features.target

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.energy_forecasting.evaluation import forecast_on_rank
+from examples.energy_forecasting.evaluation import check_origins, forecast_on_rank
 from examples.energy_forecasting.splits import split
 from examples.energy_forecasting.training import Checkpoint, passes, train
 from nnscaler_ring.launch import Rank, RankError, run_ranks
@@ -65,6 +65,28 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path.write_text("not a checkpoint")
     with pytest.raises(ValueError, match="must be a checkpoint of this example"):
         Checkpoint.load(path)
+
+
+def test_a_model_does_not_forecast_what_it_was_trained_on():
+    series = excerpt()
+    saved = train(ALONE, series, SMALL, max_seconds=0)
+    origins = split(series, SMALL).test
+    check_origins(series, saved, origins)
+    first = series.until(origins[0])
+    with pytest.raises(ValueError, match="must begin where training stopped, 2024-12-04T00 UTC"):
+        check_origins(first, saved, range(2400, 2401))
+    short = type(series)(series.times[-400], {"demand": series.target[-400:]}, series.quality)
+    with pytest.raises(
+        ValueError, match="must have 505 hours before the first forecast .* got 400"
+    ):
+        check_origins(short, saved, range(400, 401))
+
+
+def test_later_hours_do_not_change_how_a_series_is_scaled():
+    series = excerpt()
+    saved = train(ALONE, series.until(4000), SMALL, max_seconds=0)
+    longer = saved.features(series)
+    assert torch.equal(longer.target[:4000], saved.features(series.until(4000)).target)
 
 
 def test_seeds_differ_and_repeat():
