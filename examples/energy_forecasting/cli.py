@@ -30,7 +30,7 @@ from examples.energy_forecasting.evaluation import (
     score,
 )
 from examples.energy_forecasting.series import RESOLUTIONS, HourlySeries
-from examples.energy_forecasting.sources.csv_file import read_csv
+from examples.energy_forecasting.sources.csv_file import read_columns, read_csv
 from examples.energy_forecasting.splits import split
 from examples.energy_forecasting.training import Checkpoint
 from examples.energy_forecasting.training import train as train_on_rank
@@ -39,10 +39,15 @@ from nnscaler_ring.machine import device_name, package_versions
 
 HERE = Path(__file__).parent
 EXCERPT_CSV = HERE / "data" / "us48_2024_excerpt.csv"
-ATTRIBUTION = (
+RUGGLES = (
     "EIA Form EIA-930, cleaned by Ruggles et al., Sci Data 7, 155 (2020), "
     "doi:10.1038/s41597-020-0483-x; v1.4, doi:10.5281/zenodo.3517196; CC BY 4.0"
 )
+ATTRIBUTION = {
+    EXCERPT_CSV.name: RUGGLES,
+    "eia930_CONUS_2020_2024.csv": RUGGLES,
+    "eia930_CISO_2015_2020.csv": RUGGLES,
+}
 OUT = Path("energy")
 console = Console(soft_wrap=True)
 
@@ -76,6 +81,13 @@ def series_options(command: Any) -> Any:
         click.option("--target", help="The column to forecast; the usual names are found."),
         click.option("--channel", "channels", multiple=True, help="Another column to learn from."),
         click.option(
+            "--join",
+            "joined",
+            multiple=True,
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Another CSV file; all its columns become channels.",
+        ),
+        click.option(
             "--time-zone", default="UTC", show_default=True, help="Of times without an offset."
         ),
     ]
@@ -99,19 +111,25 @@ out_option = click.option(
 
 
 def load(
-    csv_path: Path | None, target: str | None, channels: tuple[str, ...], time_zone: str
+    csv_path: Path | None,
+    target: str | None,
+    channels: tuple[str, ...],
+    joined: tuple[Path, ...],
+    time_zone: str,
 ) -> HourlySeries:
     """The series, with a word on its quality."""
     series = read_csv(
         csv_path or EXCERPT_CSV, target=target, channels=channels, time_zone=time_zone
     )
+    for path in joined:
+        series = series.with_columns(read_columns(path, time_zone=time_zone))
     console.print(f"{series.source}: {series.quality.sentence()}", highlight=False)
     return series
 
 
 @commands.command()
 @click.argument("source", type=click.Choice(["eia", "caiso", "csv", "gridstatus"]))
-@click.option("--region", default="US48", show_default=True, help="EIA region, CAISO area or ISO.")
+@click.option("--region", help="EIA region (US48), CAISO area or price node, or gridstatus's ISO.")
 @click.option("--start", help="First hour, UTC, for example 2020-01-01.")
 @click.option("--end", help="First hour that is not wanted.")
 @click.option(
@@ -125,7 +143,7 @@ def load(
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
 def data(
     source: str,
-    region: str,
+    region: str | None,
     start: str | None,
     end: str | None,
     what: str,
@@ -146,30 +164,29 @@ def data(
     console.print(f"wrote {out}")
 
 
-def fetch(source: str, region: str, start: str, end: str, what: str) -> HourlySeries:
+def fetch(source: str, region: str | None, start: str, end: str, what: str) -> HourlySeries:
     """From a source on the network.
 
     Raises:
         ValueError: the source does not have that.
     """
-    from examples.energy_forecasting.sources.caiso import WHOLE_AREA, CAISOClient
+    from examples.energy_forecasting.sources.caiso import NORTHERN_HUB, WHOLE_AREA, CAISOClient
     from examples.energy_forecasting.sources.eia import EIAClient
     from examples.energy_forecasting.sources.gridstatus_source import get_load
 
     match source, what:
         case "eia", "demand":
-            return EIAClient().get_electricity_demand(region, start, end)
+            return EIAClient().get_electricity_demand(region or "US48", start, end)
         case "eia", "generation":
-            return EIAClient().get_generation_mix(region, start, end)
+            return EIAClient().get_generation_mix(region or "US48", start, end)
         case "eia", "subregions":
-            return EIAClient().get_subregion_demand(region, start, end)
+            return EIAClient().get_subregion_demand(region or "CISO", start, end)
         case "caiso", "demand":
-            area = WHOLE_AREA if region == "US48" else region
-            return CAISOClient().get_electricity_demand(start, end, area)
+            return CAISOClient().get_electricity_demand(start, end, region or WHOLE_AREA)
         case "caiso", "price":
-            return CAISOClient().get_price(start, end)
+            return CAISOClient().get_price(start, end, region or NORTHERN_HUB)
         case "gridstatus", "demand":
-            return get_load(region, start, end)
+            return get_load(region or "CAISO", start, end)
     raise ValueError(f"--what {what} must be something that {source} has.")
 
 
@@ -305,7 +322,8 @@ def provenance(series: HourlySeries) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name("cpu"),
         "versions": package_versions() | {"numpy": np.__version__},
-        "data": asdict(series.quality) | {"source": series.source, "attribution": ATTRIBUTION},
+        "data": asdict(series.quality)
+        | {"source": series.source, "attribution": ATTRIBUTION.get(series.source)},
     }
 
 

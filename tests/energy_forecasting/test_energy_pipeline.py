@@ -27,6 +27,10 @@ def test_from_data_to_a_forecast_plot(tmp_path, small):
     assert done.exit_code == 0, done.output
     assert "4416 rows on 4416 hours; complete" in done.output
     given = ("--csv", series, "--checkpoint", checkpoint, "--ranks", "2")
+    prices = tmp_path / "prices.csv"
+    rows = (f"{hour},{n % 7}" for n, hour in enumerate(read_csv(series).times))
+    prices.write_text("\n".join(["time_utc,price", *rows]))
+    given += ("--join", prices)
     done = run("train", *given, "--excerpt", "--steps", "3", "--seed", "5")
     assert done.exit_code == 0 and "step 3 of 3 (done)" in done.output, done.output
     done = run("evaluate", *given, "--out", out)
@@ -40,6 +44,8 @@ def test_from_data_to_a_forecast_plot(tmp_path, small):
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4  # and nothing from elsewhere
     assert page.count("src=") == 4 and "href" not in page
+    done = run("forecast", *given[:-2], "--out", out)
+    assert done.exit_code == 1 and "the columns ['demand', 'price'], as in training" in done.output
     done = run("forecast", *given, "--out", out)
     assert done.exit_code == 0, done.output
     assert (out / "forecast.png").read_bytes().startswith(b"\x89PNG")

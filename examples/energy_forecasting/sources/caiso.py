@@ -25,6 +25,7 @@ URL = "https://oasis.caiso.com/oasisapi/SingleZip"
 WINDOW_HOURS = 31 * 24
 SPACING_SECONDS = 5.0
 WHOLE_AREA = "CA ISO-TAC"
+NORTHERN_HUB = "TH_NP15_GEN-APND"
 
 
 class CAISOClient:
@@ -58,9 +59,7 @@ class CAISOClient:
         query = {"queryname": "SLD_FCST", "market_run_id": "ACTUAL", "version": "1"}
         return self._fetch(query, "TAC_AREA_NAME", area, "MW", "demand", start_date, end_date)
 
-    def get_price(
-        self, start_date: str, end_date: str, node: str = "TH_NP15_GEN-APND"
-    ) -> HourlySeries:
+    def get_price(self, start_date: str, end_date: str, node: str = NORTHERN_HUB) -> HourlySeries:
         """Hourly day-ahead price of a node in $/MWh (PRC_LMP)."""
         query = {"queryname": "PRC_LMP", "market_run_id": "DAM", "version": "12", "node": node}
         return self._fetch(query, "LMP_TYPE", "LMP", "MW", "price", start_date, end_date)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -39,32 +40,54 @@ def read_csv(
     Raises:
         ValueError: no rows, a missing column, a time or a number that cannot be read.
     """
+    names = _names(path)
+    target = _find(path, "target", target, TARGET_COLUMNS, names)
+    for channel in channels:
+        _find(path, "channels", channel, (), names)
+    series = _read(path, time_column, [target, *(c for c in channels if c != target)], time_zone)
+    columns = dict(series.columns)
+    return replace(series, columns={"demand": columns.pop(target), **columns})
+
+
+def read_columns(path: Path, *, time_zone: str = "UTC") -> HourlySeries:
+    """Every column of an hourly CSV file beside the time, under its own name.
+
+    Raises:
+        ValueError: as `read_csv`.
+    """
+    time_column = _find(path, "time_column", None, TIME_COLUMNS, _names(path))
+    return _read(path, time_column, [n for n in _names(path) if n != time_column], time_zone)
+
+
+def _names(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file).fieldnames or [])
+
+
+def _read(
+    path: Path, time_column: str | None, wanted: Sequence[str], time_zone: str
+) -> HourlySeries:
+    """Some columns; the first is what FLAG speaks of."""
     try:
         zone = ZoneInfo(time_zone)
     except (ZoneInfoNotFoundError, ValueError):
         raise ValueError(
             f"time_zone must be an IANA name such as 'America/New_York', got {time_zone!r}."
         ) from None
+    time_column = _find(path, "time_column", time_column, TIME_COLUMNS, _names(path))
+    times: list[np.datetime64] = []
+    columns: dict[str, list[float]] = {name: [] for name in wanted}
+    seen: set[datetime] = set()
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        names = list(reader.fieldnames or [])
-        time_column = _find(path, "time_column", time_column, TIME_COLUMNS, names)
-        target = _find(path, "target", target, TARGET_COLUMNS, names)
-        for channel in channels:
-            _find(path, "channels", channel, (), names)
-        wanted = list(dict.fromkeys((target, *channels)))
-        times: list[np.datetime64] = []
-        columns: dict[str, list[float]] = {name: [] for name in wanted}
-        seen: set[datetime] = set()
         for row in reader:
             where = f"{path.name} line {reader.line_num}"
             times.append(_time(row[time_column] or "", zone, seen, where))
             for name in wanted:
                 columns[name].append(_number(row[name], name, where))
             if row.get(FLAG, GOOD) not in (GOOD, None, ""):
-                columns[target][-1] = np.nan
+                columns[wanted[0]][-1] = np.nan
     arrays = {name: np.array(values) for name, values in columns.items()}
-    arrays = {"demand": arrays.pop(target), **arrays}
     return HourlySeries.from_rows(times, arrays, path.name)
 
 
