@@ -16,7 +16,7 @@ from torch import Tensor
 from examples.energy_forecasting.config import DAY, Config, config_from
 from examples.energy_forecasting.features import Features, Scaler, fit_scalers
 from examples.energy_forecasting.model import Forecaster, pinball_loss
-from examples.energy_forecasting.series import HourlySeries
+from examples.energy_forecasting.series import HOUR, HourlySeries
 from examples.energy_forecasting.sharding import forecast_window
 from examples.energy_forecasting.splits import Split, daily_origins, split
 from nnscaler_ring.launch import Rank
@@ -141,7 +141,7 @@ class Run:
         self.state = Checkpoint(
             asdict(config),
             scalers={name: astuple(scaler) for name, scaler in scalers.items()},
-            trained_until=str(series.times[self.split.train_stop]),
+            trained_until=str(series.start + self.split.train_stop * HOUR),
             ranks=rank.world_size,
             source=series.source,
         )
