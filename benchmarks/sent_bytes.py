@@ -88,18 +88,15 @@ def needed_bytes(work: Work, op: str, world_size: int) -> list[list[int]]:
 
     They travel from owner to reader, and their gradients, as many bytes, back.
     """
-    q_layout = layout_of(OPS[op].q_layout, work.tokens, world_size)
-    k_layout = layout_of(OPS[op].layout, work.tokens, world_size)
+    layout = layout_of(OPS[op].compute_layout, work.tokens, world_size)
     row_bytes = 2 * work.num_kv_heads * work.head_dim * work.torch_dtype.itemsize
-    queries, keys = (
-        [held_tokens(layout, rank) for rank in range(world_size)] for layout in (q_layout, k_layout)
-    )
+    tokens = [held_tokens(layout, rank) for rank in range(world_size)]
     return [
         [
             0 if reader == owner else row_bytes * int(visible(work, q, k).any(0).sum())
-            for owner, k in enumerate(keys)
+            for owner, k in enumerate(tokens)
         ]
-        for reader, q in enumerate(queries)
+        for reader, q in enumerate(tokens)
     ]
 
 

@@ -85,11 +85,11 @@ class Work:
 
 
 class Op(NamedTuple):
-    """A public function as it is called here: its rows as held, and its queries as computed."""
+    """A public function as it is called here: its rows as held, and as computed."""
 
     function: Callable[..., Any]
     layout: str
-    q_layout: str
+    compute_layout: str
     options: dict[str, Any]
 
 

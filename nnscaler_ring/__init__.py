@@ -6,6 +6,7 @@ Importing this package imports torch and the standard library only.
 from typing import TYPE_CHECKING, Any
 
 from nnscaler_ring import ring_attn, ring_attn_varlen, zigzag_attn
+from nnscaler_ring.core.dropout import DropoutSeed
 from nnscaler_ring.core.groups import Traffic, set_agreement_timeout, traffic
 from nnscaler_ring.nnscaler_hook import register_when_imported
 from nnscaler_ring.zigzag_attn import zigzag_positions, zigzag_shard, zigzag_unshard
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DropoutSeed",
     "Traffic",
     "set_agreement_timeout",
     "traffic",

@@ -48,13 +48,15 @@ class Rank:
     """What a function that runs on a rank is told.
 
     `group` are all ranks in block order, to be passed as `process_group`; `report` sends any small
-    value that can be pickled to the parent's `on_report`.
+    value that can be pickled to the parent's `on_report`; `folder` is for files, the same for all
+    ranks, and removed after them.
     """
 
     rank: int
     world_size: int
     device: torch.device
     report: Callable[[Any], None]
+    folder: Path
 
     @property
     def group(self) -> list[int]:
@@ -109,6 +111,18 @@ def run_ranks(
     check_ranks(world_size, device)
     with _Processes(world_size, fn, args, device, timeout_seconds) as processes:
         return processes.collect(on_report or (lambda rank, value: None))
+
+
+def torchrun_environment(rank: int, world_size: int) -> dict[str, str]:
+    """The variables that torchrun sets on one machine; some programs ask for them."""
+    return {
+        "TORCHELASTIC_RUN_ID": "nnscaler_ring",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
 
 
 @dataclass(frozen=True)
@@ -244,7 +258,9 @@ def _serve(connection: Connection, job: _Job, fn: Callable[..., Any], args: Sequ
 
     try:
         with job.group() as device:
-            rank = Rank(job.rank, job.world_size, device, lambda value: send("report", value))
+            rank = Rank(
+                job.rank, job.world_size, device, lambda value: send("report", value), job.folder
+            )
             send("result", fn(rank, *args))
             _wait_for_end(connection)
     except BaseException:

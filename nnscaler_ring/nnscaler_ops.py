@@ -26,9 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.ops import Options, attention_op
+from nnscaler_ring.core.dropout import DropoutSeed
+from nnscaler_ring.core.ops import Extras, Options, attention_op
 
 Range = tuple[int, int]
+
+OPTIONAL_TENSORS = ("alibi_slopes", "bias", "sinks")
+"""Parameters of every op that may hold a tensor, in the order in which nnScaler gets them."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +93,54 @@ def register() -> None:
         )
 
 
-def create(op: Op, *args: Any, signature: str, **kwargs: Any) -> Any:
-    """nnScaler's node of one call; also of every sub-call that a partition makes of it."""
+def create(
+    op: Op, *args: Any, signature: str, tensor_names: str | None = None, **kwargs: Any
+) -> Any:
+    """nnScaler's node of one call; also of every sub-call that a partition makes of it.
+
+    `tensor_names`, which the node keeps among its arguments, names the tensors of a sub-call.
+    """
     from nnscaler.graph.function.dimops import IRDimops
     from nnscaler.ir.cten import IRTensor
 
-    arguments = bind(op, args, kwargs)
-    tensors = [arguments.pop(name) for name in op.tensors]
-    refuse_arguments(op, arguments, lambda value: isinstance(value, IRTensor))
-    for name, x in zip(op.tensors, tensors, strict=True):
-        if not isinstance(x, IRTensor):
-            raise TypeError(f"{op.name}: {name} must be a tensor, got {type(x).__name__}.")
+    if tensor_names is not None:
+        arguments, tensors = kwargs, dict(zip(tensor_names.split(","), args, strict=True))
+    else:
+        arguments = bind(op, args, kwargs)
+        tensors = split_tensors(op, arguments, lambda value: isinstance(value, IRTensor))
+    refuse_arguments(op, arguments)
     return_lse = bool(_value(arguments.get("return_lse", False)))
-    annotation = annotate(op, [tuple(x.shape) for x in tensors], return_lse=return_lse)
-    return IRDimops(partial(create, op), op.name, signature, [annotation], tensors, **arguments)
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    annotation = annotate(op, shapes, return_lse=return_lse)
+    return IRDimops(
+        partial(create, op),
+        op.name,
+        signature,
+        [annotation],
+        list(tensors.values()),
+        tensor_names=",".join(tensors),
+        **arguments,
+    )
+
+
+def split_tensors(
+    op: Op, arguments: dict[str, Any], is_tensor: Callable[[object], bool]
+) -> dict[str, Any]:
+    """Take the tensors out of a call's arguments: nnScaler's inputs, the optional ones last."""
+    tensors = {name: arguments.pop(name) for name in op.tensors}
+    for name, x in tensors.items():
+        if not is_tensor(x):
+            raise TypeError(f"{op.name}: {name} must be a tensor, got {type(x).__name__}.")
+    for name in OPTIONAL_TENSORS:
+        if is_tensor(arguments.get(name)):
+            tensors[name] = arguments.pop(name)
+    for name, value in arguments.items():
+        if is_tensor(value):
+            raise ValueError(
+                f"{op.name}: {name} must not be a tensor under nnScaler, which partitions "
+                f"{', '.join(tensors)} alone; pass a number, or leave {name} out."
+            )
+    return tensors
 
 
 def bind(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -113,16 +151,8 @@ def bind(op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"{op.name}: {error}") from None
 
 
-def refuse_arguments(
-    op: Op, arguments: dict[str, Any], is_tensor: Callable[[object], bool]
-) -> None:
+def refuse_arguments(op: Op, arguments: dict[str, Any]) -> None:
     """Arguments that nnScaler decides itself, or that it could not partition."""
-    for name, value in arguments.items():
-        if is_tensor(value):
-            raise ValueError(
-                f"{op.name}: {name} must be None under nnScaler, got a tensor: the op is "
-                f"partitioned by {', '.join(op.tensors)} alone; leave {name} out."
-            )
     for name, remedy in (
         ("process_group", "nnScaler's plan decides which ranks work together"),
         ("shard_lens", "nnScaler's shards are all equal"),
@@ -133,15 +163,22 @@ def refuse_arguments(
                 f"{op.name}: {name} must be None under nnScaler, got {arguments[name]!r}: "
                 f"{remedy}; leave it out."
             )
+    seed = _value(arguments.get("dropout_seed"))
+    if isinstance(seed, DropoutSeed):
+        raise ValueError(
+            f"{op.name}: dropout_seed must be an int or None under nnScaler, got {seed}: the plan "
+            "says where a part of the batch or of the heads begins; pass the seed alone."
+        )
 
 
-def annotate(op: Op, shapes: Sequence[tuple[int, ...]], *, return_lse: bool) -> str:
+def annotate(op: Op, shapes: dict[str, tuple[int, ...]], *, return_lse: bool) -> str:
     """nnScaler's annotation of a call with inputs of these shapes.
 
     Batch b, tokens l and the heads may be partitioned, head dims not. KV heads g and the m query
-    heads of each are partitioned together; with one KV head the query heads alone are.
+    heads of each are partitioned together; with one KV head the query heads alone are. Optional
+    tensors follow: the rows of bias with the tokens, its columns whole.
     """
-    q, k, v = shapes[:3]
+    q, k, v = (shapes[name] for name in ("q", "k", "v"))
     rank = 3 if op.packed else 4
     for name, shape in zip(("q", "k", "v"), (q, k, v), strict=True):
         if len(shape) != rank:
@@ -166,12 +203,20 @@ def annotate(op: Op, shapes: Sequence[tuple[int, ...]], *, return_lse: bool) -> 
         1: ("h", "1"),
     }.get(num_kv_heads, (f"(g {num_heads // num_kv_heads})", "g"))
     batch = "" if op.packed else "b "
-    inputs = [f"{batch}l {heads} d^", f"{batch}l {kv_heads} d^", f"{batch}l {kv_heads} e^"]
-    inputs += ["n^"] * (len(op.tensors) - 3)
+    inputs = {"q": f"{batch}l {heads} d^", "k": f"{batch}l {kv_heads} d^"}
+    inputs |= {"v": f"{batch}l {kv_heads} e^", "cu_seqlens_q": "n^", "cu_seqlens_k": "n^"}
+    if "alibi_slopes" in shapes:
+        inputs["alibi_slopes"] = f"{'b ' if len(shapes['alibi_slopes']) == 2 else ''}{heads}"
+    if "bias" in shapes:
+        leading = shapes["bias"][:-2]
+        wide = [(1 if op.packed else q[0], batch.strip()), (num_heads, heads)][-len(leading) :]
+        names = [name if n == size else "1" for n, (size, name) in zip(leading, wide, strict=True)]
+        inputs["bias"] = " ".join([*names, "l", "k^"])
+    inputs["sinks"] = heads
     outputs = [f"{batch}l {heads} e^"]
     if return_lse:
         outputs.append(f"{batch}{heads} l")
-    return f"{', '.join(inputs)} -> {', '.join(outputs)}"
+    return f"{', '.join(inputs[name] for name in shapes)} -> {', '.join(outputs)}"
 
 
 def emit(
@@ -186,18 +231,14 @@ def emit(
     op = next(op for op in OPS if op.signature == node.signature)
     mine, whole = _ranges(node.input(0).indmap), tuple(node.input(0).parent.shape)
     split_dims = [n for n, part in enumerate(mine) if part != (0, whole[n])]
-    calls = list(_sub_calls(node)) if split_dims else []
-    refuse_split_dropout(op, node.kwargs, split_dims)
-    for x in range(1, 3):
-        sums = [n.input(x) for n in calls if n.input(x).grad is not None]
-        refuse_mixed_sums(
-            op.name,
-            op.tensors[x],
-            [
-                (_ranges(n.input(x).indmap), tuple(n.device))
-                for n in (calls if any(tuple(y.grad.valmap) != (0, 1) for y in sums) else ())
-            ],
-        )
+    dropout = _value(node.kwargs.get("dropout_p", 0.0))
+    calls = list(_sub_calls(node)) if split_dims or dropout else []
+    names = _value(node.kwargs["tensor_names"]).split(",")
+    for x, name in enumerate(names):
+        sums = [n.input(x).grad for n in calls if n.input(x).grad is not None]
+        if name != "alibi_slopes" and any(tuple(grad.valmap) != (0, 1) for grad in sums):
+            parts = [(_ranges(n.input(x).indmap), tuple(n.device)) for n in calls]
+            refuse_mixed_sums(op.name, name, parts)
     ranks = None
     if op.token_dim in split_dims:
         device = runtime_devid % plan_ndevs
@@ -211,8 +252,22 @@ def emit(
         offset = runtime_devid - device
         ranks = tuple(rank + offset for rank in group_of_device(op.name, blocks, device))
         refuse_zigzag_order(op, node.kwargs)
-    options = {**kwargs, "process_group": repr(ranks)}
-    call = [*args, *(f"{name}={value}" for name, value in options.items())]
+    given = len(op.tensors)
+    options = {**dict(zip(names[given:], args[given:], strict=True)), **kwargs}
+    if "alibi_slopes" in names:
+        # nnScaler gives every float input a gradient; slopes have none.
+        options["alibi_slopes"] += ".detach()"
+    del options["tensor_names"]
+    if dropout:
+        refuse_replicated_dropout(
+            op, node.kwargs, [n for n in calls if _ranges(n.input(0).indmap) == mine]
+        )
+        # Dropout draws by global batch row and head, which a part of them does not know.
+        first_batch, first_head = 0 if op.packed else mine[0][0], mine[-2][0]
+        seed = kwargs.get("dropout_seed")
+        options["dropout_seed"] = f"nnscaler_ring.DropoutSeed({seed}, {first_batch}, {first_head})"
+    options["process_group"] = repr(ranks)
+    call = [*args[:given], *(f"{name}={value}" for name, value in options.items())]
     return f"{node.signature}({', '.join(call)})"
 
 
@@ -226,14 +281,14 @@ def refuse_zigzag_order(op: Op, kwargs: dict[str, Any]) -> None:
         )
 
 
-def refuse_split_dropout(op: Op, kwargs: dict[str, Any], split_dims: Sequence[int]) -> None:
-    """Dropout draws by global batch row and head, which a part of them does not know."""
-    others = [dim for dim in split_dims if dim != op.token_dim]
-    if _value(kwargs.get("dropout_p", 0.0)) and others:
+def refuse_replicated_dropout(op: Op, kwargs: dict[str, Any], replicas: Sequence[Any]) -> None:
+    """Replicas must drop the same positions, and each would draw a seed of its own."""
+    devices = sorted(device for node in replicas for device in node.device)
+    if _value(kwargs.get("dropout_seed")) is None and len(devices) > 1:
         raise ValueError(
-            f"{op.name}: dropout_p must be 0.0 where nnScaler partitions batch or heads, got "
-            f"{kwargs['dropout_p']} and q partitioned along dim {others[0]}: the parts would drop "
-            "the same positions; partition the sequence alone."
+            f"{op.name}: dropout_seed must be given where nnScaler replicates a part of the call, "
+            f"got None and the same part on devices {devices}: each would draw its own seed; "
+            "partition the call instead, or pass dropout_seed."
         )
 
 
@@ -242,9 +297,10 @@ def refuse_mixed_sums(
 ) -> None:
     """Plans for which nnScaler's own gradient sums come back in the wrong order.
 
-    Where sub-calls share a part of k (one KV head, query heads partitioned), nnScaler scatters the
-    sum of its gradients over the devices that share it and gathers all parts by device number. The
-    rows are right only if the devices of every part follow those of the part before.
+    Where sub-calls share a part of a tensor (one KV head with query heads partitioned, or sinks
+    with tokens partitioned), nnScaler scatters the sum of its gradients over the devices that share
+    it and gathers all parts by device number. The rows are right only if the devices of every part
+    follow those of the part before.
 
     Args:
         parts: the ranges and devices of every sub-call, where gradients are summed.
@@ -258,7 +314,7 @@ def refuse_mixed_sums(
         raise ValueError(
             f"{name}: the plan must give devices that share a part of {tensor} numbers in a row, "
             f"got ranges and devices {plan}: nnScaler would mix up the gradient of {tensor}; "
-            "partition the sequence or the batch first and the heads last."
+            f"partition along the dimensions that {tensor} has first, and along the others last."
         )
 
 
@@ -371,17 +427,16 @@ def trace(op: Op, *args: Any, **kwargs: Any) -> Any:
     the time of the whole model.
     """
     arguments = bind(op, args, kwargs)
-    options = {name: value for name, value in arguments.items() if name not in op.tensors}
-    refuse_arguments(op, options, lambda value: isinstance(value, Tensor))
-    tensors = [arguments[name] for name in op.tensors]
+    tensors = split_tensors(op, arguments, lambda value: isinstance(value, Tensor))
+    refuse_arguments(op, arguments)
     with torch.no_grad():
-        shapes = op.function(
-            *(x.to("meta") if isinstance(x, Tensor) else x for x in tensors), **options
-        )
-    # Zero, but connected to q, k and v, so that the tracer sees what needs a gradient.
-    zero = sum(x.flatten()[:1].sum() * 0 for x in tensors[:3])
+        on_meta = {name: x.to("meta") for name, x in tensors.items()}
+        shapes = op.function(**on_meta, **arguments)
+    # Zero, but connected to the inputs, so that the tracer sees what needs a gradient.
+    q, floats = tensors["q"], [x for x in tensors.values() if x.is_floating_point()]
+    zero = sum(x.flatten()[:1].sum().to(q.dtype) * 0 for x in floats)
     outputs = [
-        torch.zeros(x.shape, dtype=x.dtype, device=tensors[0].device) + zero.to(x.dtype)
+        torch.zeros(x.shape, dtype=x.dtype, device=q.device) + zero.to(x.dtype)
         for x in (shapes if isinstance(shapes, tuple) else (shapes,))
     ]
     return tuple(outputs) if isinstance(shapes, tuple) else outputs[0]
@@ -391,8 +446,8 @@ def sample_inputs(op: Op, node: Any) -> tuple[Tensor, ...]:
     """Inputs with which nnScaler's profiler may time a (sub-)call.
 
     Where the sequence is partitioned, keys and values are those of all blocks, as the rank that
-    holds the last block reads them (zigzag, causal: half of them, as every rank does); cu_seqlens
-    are one document.
+    holds the last block reads them (zigzag, causal: half of them, as every rank does; with a bias,
+    one block's); cu_seqlens are one document.
     """
     device = torch.cuda.current_device()
     q = node.input(0)
@@ -400,8 +455,9 @@ def sample_inputs(op: Op, node: Any) -> tuple[Tensor, ...]:
     local, whole = q.shape[dim], q.parent.shape[dim]
     balanced = op.name == "wrap_zigzag_attn_func" and _value(node.kwargs.get("causal", True))
     keys = (whole + local) // 2 if balanced else whole
+    names = _value(node.kwargs["tensor_names"]).split(",")
     samples: list[Tensor] = []
-    for name, x in zip(op.tensors, node.inputs(), strict=True):
+    for name, x in zip(names, node.inputs(), strict=True):
         shape = list(x.shape)
         if name in ("cu_seqlens_q", "cu_seqlens_k"):
             tokens = local if name == "cu_seqlens_q" else whole
@@ -410,7 +466,9 @@ def sample_inputs(op: Op, node: Any) -> tuple[Tensor, ...]:
         if op.packed and name in ("k", "v"):
             shape[dim] = whole
         sample = torch.randn(shape, dtype=x.dtype, device=device)
-        if not op.packed and name == "k" and keys > local:
+        if name == "bias" and not op.packed:
+            shape[-1] = local
+        if not op.packed and name == "k" and keys > local and "bias" not in names:
             sample = KeysOfAllBlocks.of(sample, keys)
         samples.append(sample.requires_grad_(x.requires_grad))
     return tuple(samples)
@@ -445,7 +503,7 @@ class KeysOfAllBlocks(Tensor):
 
 
 def _attend_to_all_blocks(
-    q: Tensor, k: KeysOfAllBlocks, v: Tensor, _q: None, _k: None, *options: Any
+    q: Tensor, k: KeysOfAllBlocks, v: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     """The dense op as a packed one, whose batch rows are documents with more keys than queries."""
     batch, local = q.shape[:2]
@@ -453,9 +511,13 @@ def _attend_to_all_blocks(
     long_k, long_v = (
         x.as_subclass(Tensor).repeat(1, copies, 1, 1)[:, : k.keys].flatten(0, 1) for x in (k, v)
     )
-    cu_q, cu_k = (torch.arange(batch + 1) * tokens for tokens in (local, k.keys))
-    chosen = Options(*options)._replace(compute_len=batch * local)
-    out, lse, *rest = attention_op(q.flatten(0, 1), long_k, long_v, cu_q, cu_k, *chosen)
+    documents = (torch.arange(batch + 1) * tokens for tokens in (local, k.keys))
+    count = len(Extras._fields)
+    extras = Extras(*documents, *others[2:count])
+    if extras.alibi_slopes is not None:
+        extras = extras._replace(alibi_slopes=extras.alibi_slopes.view(-1, q.shape[2])[0])
+    options = Options(*others[count:])._replace(compute_len=batch * local)
+    out, lse, *rest = attention_op(q.flatten(0, 1), long_k, long_v, *extras, *options)
     lse = lse.unflatten(1, (batch, local)).transpose(0, 1)
     return out.unflatten(0, (batch, local)), lse, *rest
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from nnscaler_ring.core.attention import context_parallel_attention
 
 if TYPE_CHECKING:
+    from nnscaler_ring.core.dropout import DropoutSeed
     from nnscaler_ring.core.groups import ProcessGroupLike
 
 
@@ -29,7 +30,7 @@ def wrap_ring_attn_func(
     bias: Tensor | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-    dropout_seed: int | None = None,
+    dropout_seed: int | DropoutSeed | None = None,
     return_lse: bool = False,
     shard_lens: Sequence[int] | None = None,
     exchange: str = "direct",
@@ -47,22 +48,28 @@ def wrap_ring_attn_func(
         k: [batch, tokens, num_kv_heads, head_dim]; num_kv_heads divides num_heads.
         v: [batch, tokens, num_kv_heads, v_head_dim].
         softmax_scale: multiplies the scores; None is 1 / sqrt(head_dim).
-        dropout_p: not implemented yet, must be 0.0.
+        dropout_p: probability of dropping a probability; what is kept is scaled by 1 / (1 - p),
+            softmax_lse stays. The mask depends on the seed and on global positions alone: the same
+            for every number of ranks, layout and exchange.
         causal: a query sees no later key: the right window is at most 0.
         window_size: (left, right) in tokens: query i sees keys i - left to i + right; -1 is
             unbounded.
-        alibi_slopes: not implemented yet, must be None.
+        alibi_slopes: [num_heads] or [batch, num_heads]: scores get `-slope * |i - j|` of global
+            positions. Constants: no gradient.
         deterministic: the same bits in every run on the same machine and number of ranks; refused
             by kernels that cannot.
         return_attn_probs: refused; use `return_lse`.
         process_group: None (q, k, v are the whole sequence), global ranks in block order, a
             ProcessGroup, or a one-dimensional DeviceMesh.
-        bias: not implemented yet, must be None.
-        softcap: not implemented yet, must be 0.0.
-        sinks: not implemented yet, must be None.
-        dropout_seed: not implemented yet, must be None.
-        return_lse: also return the softmax normaliser (gradients through it are not implemented
-            yet).
+        bias: [batch or 1, num_heads or 1, tokens, tokens of all ranks]: added to the scores. Rows
+            are this rank's, in its layout; columns are the keys in global order. Has a gradient.
+        softcap: scores become `softcap * tanh(scores / softcap)` before bias and ALiBi; 0.0 is
+            none.
+        sinks: [num_heads], one more logit per head in the denominator, counted in softmax_lse. Has
+            a gradient.
+        dropout_seed: int, the same on all ranks; None: drawn from torch's CPU generator of the
+            group's first rank. Ranks that hold parts of the batch or heads: a `DropoutSeed`.
+        return_lse: also return the softmax normaliser; it has gradients.
         shard_lens: tokens of every block, in block order, where they differ; empty ones are
             allowed. None: all equal.
         exchange: "direct" (each rank sends every other just the rows it reads), "ring" (neighbour
@@ -72,7 +79,10 @@ def wrap_ring_attn_func(
     Returns:
         out [batch, tokens, num_heads, v_head_dim] in q's dtype; with `return_lse` also softmax_lse
         [batch, num_heads, tokens], natural log, float32 (float64 for float64). A row that sees no
-        key has out 0, softmax_lse -inf and zero gradients.
+        key has out 0, softmax_lse -inf (the sink's logit) and zero gradients.
+
+        Of bias and sinks, which every rank may hold, a rank gets its part of the gradient: the sum
+        over the group is the whole.
 
     Raises:
         ValueError, TypeError: a wrong argument, on this or on another rank of the group, or ranks

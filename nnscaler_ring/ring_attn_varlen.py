@@ -10,6 +10,7 @@ from torch import Tensor
 from nnscaler_ring.core.attention import context_parallel_attention
 
 if TYPE_CHECKING:
+    from nnscaler_ring.core.dropout import DropoutSeed
     from nnscaler_ring.core.groups import ProcessGroupLike
 
 
@@ -31,7 +32,7 @@ def wrap_ring_attn_varlen_func(
     *,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-    dropout_seed: int | None = None,
+    dropout_seed: int | DropoutSeed | None = None,
     return_lse: bool = False,
     shard_lens: Sequence[int] | None = None,
     shard_lens_k: Sequence[int] | None = None,
@@ -52,13 +53,16 @@ def wrap_ring_attn_varlen_func(
             the CPU: a tensor on a device is copied once per new tensor.
         cu_seqlens_k: likewise for the keys, as many documents. Causal masks and windows are
             bottom-right aligned per document: query i sees key j iff j <= i + Lk - Lq.
+        bias: [num_heads or 1, tokens, key tokens of all ranks]; alibi_slopes: [num_heads], on the
+            positions `|i + Lk - Lq - j|` within a document.
         shard_lens: query tokens of every block where they differ.
         shard_lens_k: key tokens of every block; None: as the queries' if the totals are equal, else
             all equal.
 
     Returns:
         out [tokens, num_heads, v_head_dim]; with `return_lse` also softmax_lse
-        [num_heads, tokens]. A query whose document has no visible key gets 0 and -inf.
+        [num_heads, tokens]. A query whose document has no visible key gets 0 and -inf
+        (the sink's logit).
     """
     return context_parallel_attention(
         "wrap_ring_attn_varlen_func",

@@ -22,6 +22,7 @@ from nnscaler_ring.core.layout import LAYOUTS, Zigzag
 from nnscaler_ring.core.ops import relayout_op
 
 if TYPE_CHECKING:
+    from nnscaler_ring.core.dropout import DropoutSeed
     from nnscaler_ring.core.groups import ProcessGroupLike
 
 
@@ -41,7 +42,7 @@ def wrap_zigzag_attn_func(
     bias: Tensor | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-    dropout_seed: int | None = None,
+    dropout_seed: int | DropoutSeed | None = None,
     return_lse: bool = False,
     shard_lens: Sequence[int] | None = None,
     exchange: str = "direct",
@@ -56,7 +57,7 @@ def wrap_zigzag_attn_func(
     Args:
         shard_lens: tokens that every block passes, in its layout, where they differ.
         layout: "contiguous": q, k, v are contiguous shards and so are the results; the op moves the
-            rows of q, and of the result, itself (k and v stay where they are). "zigzag": this rank
+            rows itself. "zigzag": this rank
             passes its two chunks one after the other, and gets them; nothing is moved. See
             `zigzag_shard`, `zigzag_unshard` and `zigzag_positions`.
 
@@ -87,7 +88,7 @@ def wrap_zigzag_attn_func(
         sinks=sinks,
         dropout_seed=dropout_seed,
         caller_layout=layout,
-        q_layout="zigzag",
+        compute_layout="zigzag",
     )
 
 

@@ -3,7 +3,8 @@
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ class Case:
     seed: int
     head_dim: int = 4
 
+    def in_zigzag_order(self) -> "Case":
+        """With shard lengths as the zigzag layout gives them."""
+        lens = LAYOUTS["zigzag"].for_shards(self.shard_lens).shard_lens
+        return replace(self, shard_lens=lens, shard_lens_k=lens)
+
     def inputs(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v, dout of the whole sequence, the same on every rank."""
         batch = None if self.op == "varlen" else 1 + self.seed % 2
@@ -72,7 +78,7 @@ def all_cases(seed: int) -> Iterator[Case]:
     for number, (op, exchange, world_size, mask, heads, shards) in enumerate(
         itertools.product(OPS, EXCHANGES, (1, 2, 3, 4), MASKS, HEADS, SHARDS)
     ):
-        lens = _shard_lens(rng, shards, world_size)
+        lens = make_shard_lens(rng, shards, world_size)
         if op == "zigzag in zigzag order":
             lens = list(LAYOUTS["zigzag"].for_shards(lens).shard_lens)
         yield Case(
@@ -83,7 +89,7 @@ def all_cases(seed: int) -> Iterator[Case]:
             window_size=mask.get("window_size", (-1, -1)),  # type: ignore[arg-type]
             heads=heads,
             shard_lens=tuple(lens),
-            **_documents(rng, op, lens, world_size),
+            **make_documents(rng, op, lens, world_size),
             v_head_dim=rng.choice((4, 4, 2, 6)),
             kernel=rng.choice(("reference", "torch_cpu", "torch_cpu")),
             seed=number,
@@ -105,7 +111,7 @@ def random_packings(seed: int, count: int) -> Iterator[Case]:
             window_size=mask.get("window_size", (-1, -1)),  # type: ignore[arg-type]
             heads=rng.choice(HEADS),
             shard_lens=tuple(lens),
-            **_documents(rng, "varlen", lens, world_size),
+            **make_documents(rng, "varlen", lens, world_size),
             v_head_dim=4,
             kernel="torch_cpu",
             seed=number,
@@ -143,7 +149,7 @@ def run_case(
 ) -> list[Tensor]:
     """The case on the rank that holds `block`."""
     q, k, v, dout = case.inputs(dtype)
-    rows, rows_k = _rows(case, block), _rows(case, block, keys=True)
+    rows, rows_k = rows_of(case, block), rows_of(case, block, keys=True)
     dim = 0 if case.op == "varlen" else 1
     q, dout = (x.index_select(dim, rows) for x in (q, dout))
     k, v = (x.index_select(dim, rows_k) for x in (k, v))
@@ -154,9 +160,9 @@ def run_case(
 
 
 def call(
-    case: Case, q: Tensor, k: Tensor, v: Tensor, group: list[int] | None
+    case: Case, q: Tensor, k: Tensor, v: Tensor, group: list[int] | None, **more: Any
 ) -> tuple[Tensor, Tensor]:
-    """The public function, with every argument of the case."""
+    """The public function, with every argument of the case and `more`."""
     options = {
         "causal": case.causal,
         "window_size": case.window_size,
@@ -165,6 +171,7 @@ def call(
         "kernel": case.kernel,
         "return_lse": True,
         "shard_lens": None if len(set(case.shard_lens)) == 1 else list(case.shard_lens),
+        **more,
     }
     if case.op == "varlen":
         if case.shard_lens_k != case.shard_lens:
@@ -194,13 +201,13 @@ def _compare(case: Case, shards: list[list[Tensor]]) -> None:
             ("out", "lse", "dq", "dk", "dv"), shard, expected, strict=True
         ):
             dim = -1 if name == "lse" else -3
-            rows = _rows(case, block, keys=name in ("dk", "dv"))
+            rows = rows_of(case, block, keys=name in ("dk", "dv"))
             assert_close_float64(
                 actual, dense.index_select(dim, rows), f"{name} of block {block} in {case}"
             )
 
 
-def _rows(case: Case, block: int, keys: bool = False) -> Tensor:
+def rows_of(case: Case, block: int, keys: bool = False) -> Tensor:
     """The tokens of a block in the caller's layout."""
     name = "zigzag" if case.op == "zigzag in zigzag order" else "contiguous"
     layout = LAYOUTS[name].for_shards(case.shard_lens_k if keys else case.shard_lens)
@@ -208,7 +215,7 @@ def _rows(case: Case, block: int, keys: bool = False) -> Tensor:
     return torch.cat(runs) if runs else torch.arange(0)
 
 
-def _shard_lens(rng: random.Random, kind: str, world_size: int) -> list[int]:
+def make_shard_lens(rng: random.Random, kind: str, world_size: int) -> list[int]:
     if kind == "equal":
         return [rng.randint(1, 9)] * world_size
     lens = [rng.randint(1, 9) for _ in range(world_size)]
@@ -222,7 +229,7 @@ def _shard_lens(rng: random.Random, kind: str, world_size: int) -> list[int]:
     return lens
 
 
-def _documents(
+def make_documents(
     rng: random.Random, op: str, lens: list[int], world_size: int
 ) -> dict[str, tuple[int, ...] | None]:
     """shard_lens_k, cu_seqlens_q and cu_seqlens_k."""

@@ -3,11 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from nnscaler_ring import nnscaler_ops
+from nnscaler_ring import DropoutSeed, nnscaler_ops
 from nnscaler_ring.nnscaler_ops import OPS, annotate, find_blocks, group_of_device
 from tests.oracle import dense_attention
 
@@ -30,10 +31,47 @@ def test_annotation(
 ) -> None:
     batch = () if op.packed else (2,)
     shapes = [(*batch, 12, heads[0], 8), (*batch, 12, heads[1], 8), (*batch, 12, heads[1], 6)]
-    assert annotate(op, [*shapes, (4,), (4,)], return_lse=return_lse) == annotation
+    named = dict(zip(op.tensors, [*shapes, (4,), (4,)], strict=False))
+    assert annotate(op, named, return_lse=return_lse) == annotation
+
+
+@pytest.mark.parametrize(
+    ("op", "heads", "optional", "annotation"),
+    [
+        (RING, (4, 4), {"sinks": (4,)}, "b l h d^, b l h d^, b l h e^, h -> b l h e^"),
+        (
+            RING,
+            (6, 2),
+            {"alibi_slopes": (2, 6), "bias": (2, 6, 12, 12), "sinks": (6,)},
+            "b l (g 3) d^, b l g d^, b l g e^, b (g 3), b (g 3) l k^, (g 3) -> b l (g 3) e^",
+        ),
+        (
+            ZIGZAG,
+            (4, 1),
+            {"alibi_slopes": (4,), "bias": (1, 1, 12, 12)},
+            "b l h d^, b l 1 d^, b l 1 e^, h, 1 1 l k^ -> b l h e^",
+        ),
+        (
+            VARLEN,
+            (4, 4),
+            {"bias": (4, 12, 12)},
+            "l h d^, l h d^, l h e^, n^, n^, h l k^ -> l h e^",
+        ),
+        (VARLEN, (4, 4), {"bias": (1, 12, 12)}, "l h d^, l h d^, l h e^, n^, n^, 1 l k^ -> l h e^"),
+    ],
+)
+def test_annotation_of_optional_tensors(op, heads, optional, annotation) -> None:
+    batch = () if op.packed else (2,)
+    shapes = [(*batch, 12, heads[0], 8), (*batch, 12, heads[1], 8), (*batch, 12, heads[1], 6)]
+    named = dict(zip(op.tensors, [*shapes, (4,), (4,)], strict=False))
+    assert annotate(op, {**named, **optional}, return_lse=False) == annotation
 
 
 def test_annotation_refuses() -> None:
+    def annotate(op: nnscaler_ops.Op, shapes: list, *, return_lse: bool) -> str:
+        named = dict(zip(("q", "k", "v"), shapes, strict=True))
+        return nnscaler_ops.annotate(op, named, return_lse=return_lse)
+
     with pytest.raises(ValueError, match="k must have q's tokens, \\[12\\], got \\[10\\]"):
         annotate(VARLEN, [(12, 4, 8), (10, 4, 8), (10, 4, 8)], return_lse=False)
     with pytest.raises(ValueError, match="k must have q's batch and tokens"):
@@ -104,7 +142,7 @@ def test_refused_plans(parts: list, message: str) -> None:
 def test_mixed_sums_are_refused() -> None:
     """One KV head: devices 0 and 2 share tokens 0 to 6 of k, and 1 and 3 the others."""
     outer_heads = [part((0, 6), (0, 1), 0, 2), part((6, 12), (0, 1), 1, 3)]
-    with pytest.raises(ValueError, match="partition the sequence or the batch first"):
+    with pytest.raises(ValueError, match="dimensions that k has first"):
         nnscaler_ops.refuse_mixed_sums("op", "k", outer_heads)
     inner_heads = [part((0, 6), (0, 1), 0, 1), part((6, 12), (0, 1), 2, 3)]
     nnscaler_ops.refuse_mixed_sums("op", "k", inner_heads)
@@ -112,23 +150,40 @@ def test_mixed_sums_are_refused() -> None:
 
 def test_refused_arguments() -> None:
     def refuse(**arguments: object) -> None:
-        nnscaler_ops.refuse_arguments(RING, arguments, lambda x: isinstance(x, torch.Tensor))
+        nnscaler_ops.refuse_arguments(RING, arguments)
 
-    refuse(process_group=None, shard_lens=None, bias=None, causal=False)
-    for name in ("bias", "alibi_slopes", "sinks"):
-        with pytest.raises(ValueError, match=f"{name} must be None under nnScaler, got a tensor"):
-            refuse(**{name: torch.zeros(4)})
+    refuse(process_group=None, shard_lens=None, bias=None, causal=False, dropout_seed=3)
+    with pytest.raises(ValueError, match="dropout_seed must be an int or None under nnScaler"):
+        refuse(dropout_seed=DropoutSeed(3, first_head=2))
     with pytest.raises(ValueError, match="process_group must be None under nnScaler"):
         refuse(process_group=[0, 1])
     with pytest.raises(ValueError, match="shard_lens must be None under nnScaler"):
         refuse(shard_lens=[3, 4])
 
 
-def test_refused_dropout() -> None:
-    nnscaler_ops.refuse_split_dropout(RING, {"dropout_p": 0.1}, [1])
-    nnscaler_ops.refuse_split_dropout(RING, {"dropout_p": 0.0}, [0, 1])
-    with pytest.raises(ValueError, match=r"dropout_p must be 0\.0 where .* batch or heads"):
-        nnscaler_ops.refuse_split_dropout(RING, {"dropout_p": 0.1}, [1, 2])
+class Part(NamedTuple):
+    """What a sub-call of nnScaler says of its devices."""
+
+    device: tuple[int, ...]
+
+
+def test_replicated_dropout_is_refused() -> None:
+    refuse = nnscaler_ops.refuse_replicated_dropout
+    refuse(RING, {}, [Part((0,))])
+    refuse(RING, {"dropout_seed": 3}, [Part((0,)), Part((1,))])
+    with pytest.raises(ValueError, match=r"dropout_seed must be given where .* devices \[0, 1\]"):
+        refuse(RING, {}, [Part((0,)), Part((1,))])
+
+
+def test_tensors_come_first() -> None:
+    x = torch.zeros(2)
+    arguments = {"q": x, "sinks": x, "causal": True, "k": x, "bias": None, "v": x}
+    tensors = nnscaler_ops.split_tensors(RING, arguments, lambda y: isinstance(y, torch.Tensor))
+    assert list(tensors) == ["q", "k", "v", "sinks"]
+    assert arguments == {"causal": True, "bias": None}
+    with pytest.raises(ValueError, match="softcap must not be a tensor under nnScaler"):
+        arguments = {"q": x, "k": x, "v": x, "softcap": x}
+        nnscaler_ops.split_tensors(RING, arguments, lambda y: isinstance(y, torch.Tensor))
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
@@ -146,7 +201,7 @@ def test_trace_checks_arguments() -> None:
     q = torch.zeros(1, 4, 2, 8)
     with pytest.raises(ValueError, match="window_size entries must be -1 or >= 0"):
         nnscaler_ops.trace(RING, q, q, q, window_size=(-3, 0))
-    with pytest.raises(ValueError, match="bias must be None under nnScaler"):
+    with pytest.raises(ValueError, match="bias must be .* for q"):
         nnscaler_ops.trace(RING, q, q, q, bias=q)
     with pytest.raises(TypeError, match="wrap_ring_attn_func: .*'casual'"):
         nnscaler_ops.trace(RING, q, q, q, casual=True)

@@ -8,11 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
 from tests.cases import Case, run_case
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
-from tests.oracle import dense_gradients, visible
+from tests.core.test_engine import SCALE
+from tests.core.test_engine import run as run_in_one_process
+from tests.core.test_schedule import dense_problem
+from tests.oracle import dense_gradients, make_dout, make_qkv, visible
 from tests.ranks import RankPool
-from tests.tolerances import RATIO_MIN_TOKENS, assert_as_good_as_one_device
+from tests.tolerances import (
+    RATIO_MIN_TOKENS,
+    RATIO_TO_ONE_DEVICE,
+    RATIO_TO_ONE_ROUNDING,
+    Tolerance,
+    assert_as_good_as_one_device,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = 1080  # divides by 1 to 4 ranks
@@ -73,6 +83,7 @@ def _attend(
     dout: Tensor,
     causal: bool,
     window_size: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
 ) -> list[Tensor]:
     tokens = q.shape[1]
     mask = None
@@ -85,6 +96,7 @@ def _attend(
         attn_mask=mask,
         is_causal=causal and mask is None,
         enable_gqa=True,
+        scale=scale,
     ).transpose(1, 2)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
@@ -98,6 +110,44 @@ def run_all(ranks: list[int], cases: list[tuple[Case, torch.dtype]]) -> list[lis
         out, _, *gradients = run_case(case, block, group, dtype)
         results.append([out, *gradients])
     return results
+
+
+def emulate(layout: str, ranks: int, tensors: list[Tensor]) -> list[Tensor]:
+    """out, dq, dk, dv of so many ranks in one process, causal; gradients are sent as they are."""
+    problem = dense_problem(layout, layout, (tokens_of(tensors) // ranks,) * ranks, True, (-1, -1))
+    outs, _, dqs, dks, dvs = run_in_one_process(problem, *tensors, TorchCpu())
+    order = torch.tensor([t for rank in problem.q_tokens for t in rank]).argsort()
+    dtype = tensors[0].dtype
+    return [torch.cat(x, 1)[:, order].to(dtype) for x in (outs, dqs, dks, dvs)]
+
+
+def tokens_of(tensors: list[Tensor]) -> int:
+    return tensors[0].shape[1]
+
+
+@pytest.mark.parametrize(
+    ("spread", "ratio"),
+    [(1.0, RATIO_TO_ONE_DEVICE), (2.3, RATIO_TO_ONE_ROUNDING), (40.0, RATIO_TO_ONE_DEVICE)],
+    ids=["usual logits", "sharp softmax", "logits of 200"],
+)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+def test_the_error_does_not_grow_to_64_ranks(layout: str, spread: float, ratio: Tolerance) -> None:
+    """`spread`: the standard deviation of the logits."""
+    size = spread / (SCALE * 32**0.5)
+    q, k, v = make_qkv(5, 1, 2048, 2048, 2, 1, 32)
+    tensors = [x.to(torch.bfloat16) for x in (size * q, k, v, make_dout(5, q, v))]
+    logits = torch.einsum(
+        "bqhd,bkd->bhqk", *(x.double() for x in (tensors[0], tensors[1][:, :, 0]))
+    )
+    assert spread < 40 or logits.abs().max() * SCALE > 200
+    dense = dense_gradients(*tensors, causal=True, softmax_scale=SCALE)
+    reference = _attend(*tensors, True, scale=SCALE)
+    for ranks in (1, 2, 8, 64):
+        found = emulate(layout, ranks, tensors)
+        for n, name in enumerate(NAMES):
+            expected = [dense[0], *dense[2:]][n]
+            what = f"{name} of {ranks} ranks, {layout}"
+            assert_as_good_as_one_device(found[n], reference[n], expected, what, ratio)
 
 
 @lru_cache

@@ -17,7 +17,14 @@ from rich.table import Table
 from nnscaler_ring.commands.options import device_option, rank_errors, ranks_option, usage_errors
 from nnscaler_ring.demo.memory import AttentionSize
 from nnscaler_ring.demo.report import MIB, memory_per_rank, sentence, write_report
-from nnscaler_ring.demo.run import DemoConfig, DemoResult, prepare, run_demo, tokens_per_second
+from nnscaler_ring.demo.run import (
+    ENGINES,
+    DemoConfig,
+    DemoResult,
+    prepare,
+    run_demo,
+    tokens_per_second,
+)
 from nnscaler_ring.demo.shard import OPS
 from nnscaler_ring.demo.train import Step, TrainConfig
 
@@ -29,6 +36,13 @@ ROWS = 10
 
 
 @click.command()
+@click.option(
+    "--engine",
+    default=DemoConfig.engine,
+    show_default=True,
+    type=click.Choice(list(ENGINES)),
+    help="torch: ranks over torch.distributed alone. nnscaler: through nnScaler's parallelize().",
+)
 @ranks_option
 @click.option("--op", default=OPS[0], show_default=True, type=click.Choice(OPS))
 @click.option("--steps", default=TrainConfig.steps, show_default=True, type=click.IntRange(min=1))
@@ -61,6 +75,7 @@ ROWS = 10
 )
 @click.option("--seed", default=TrainConfig.seed, show_default=True, type=int)
 def demo(
+    engine: str,
     ranks: int,
     op: str,
     steps: int,
@@ -75,6 +90,7 @@ def demo(
     if importlib.util.find_spec("matplotlib") is None:
         raise click.UsageError("demo needs matplotlib: pip install 'nnscaler_ring[demo]'")
     config = DemoConfig(
+        engine=engine,
         ranks=ranks,
         device=device,
         text=text,
@@ -167,7 +183,7 @@ def _figures_table(config: DemoConfig, result: DemoResult) -> Table:
     alone, ranks = result.alone, result.ranks
     sent = [step.sent.total_bytes for rank in ranks for step in rank.steps]
     tokens = config.train.tokens
-    table = Table("", "one device", f"{config.ranks} ranks, each")
+    table = Table("", "one device", f"{config.ranks_name}, each")
     table.add_row(
         "tokens per second (all ranks)",
         f"{tokens_per_second(alone, tokens):.0f}",

@@ -59,6 +59,12 @@ ARGUMENTS = {
     "num_kv_heads": "num_kv_heads, a dimension of k and v",
     "head_dim": "head_dim, a dimension of q and k",
     "v_head_dim": "v_head_dim, a dimension of v",
+    "alibi_slopes": "the shape of alibi_slopes",
+    "bias": "bias, its dtype and its sizes without rows and keys",
+    "bias_gradient": "whether bias requires a gradient",
+    "sinks": "whether sinks are given",
+    "dropout_seed": "whether dropout_seed is given",
+    "lse_gradient": "whether the loss uses softmax_lse (add 0.0 * softmax_lse where it does not)",
     "caller_layout": "layout",
     "other_sizes": "the other dimensions of x",
 }

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from nnscaler_ring.core import checks
 from nnscaler_ring.core.agreement import refusing_together
+from nnscaler_ring.core.dropout import DropoutSeed, seed_tensor
 from nnscaler_ring.core.groups import ALONE, find_place, group_string
 from nnscaler_ring.core.layout import LAYOUTS
-from nnscaler_ring.core.ops import Options, attention_op
+from nnscaler_ring.core.ops import Extras, Options, attention_op
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.groups import ProcessGroupLike
@@ -41,27 +43,19 @@ def context_parallel_attention(
     bias: Tensor | None,
     softcap: float,
     sinks: Tensor | None,
-    dropout_seed: int | None,
+    dropout_seed: int | DropoutSeed | None,
     caller_layout: str = "contiguous",
-    q_layout: str = "contiguous",
+    compute_layout: str = "contiguous",
     packed: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention over a sequence that is sharded over the ranks of a group.
 
     The public functions document the arguments; beside those it takes the public function's name
-    and the layouts: the caller holds q, k and v in `caller_layout`; queries are computed in
-    `q_layout`, keys stay where they are. Both are names in `LAYOUTS`.
+    and the layouts, names in `LAYOUTS`: the caller holds q, k and v in `caller_layout`; where
+    `compute_layout` is another, rows move there and the result's back.
     """
     group = group_string(process_group)
     with refusing_together(group, op):
-        checks.refuse_options(
-            dropout_p=dropout_p,
-            alibi_slopes=alibi_slopes,
-            bias=bias,
-            softcap=softcap,
-            sinks=sinks,
-            dropout_seed=dropout_seed,
-        )
         checks.check_choices(
             exchange=exchange,
             kernel=kernel,
@@ -72,6 +66,12 @@ def context_parallel_attention(
         checks.check_qkv(q, k, v, packed=packed)
         mask = checks.check_mask(causal, window_size)
         scale = checks.check_scale(softmax_scale, q.shape[-1])
+        softcap = checks.check_softcap(softcap)
+        checks.check_alibi_slopes(alibi_slopes, q)
+        checks.check_bias(bias, q)
+        checks.check_sinks(sinks, q)
+        dropout_p = checks.check_dropout_p(dropout_p)
+        seed = checks.check_dropout_seed(dropout_seed, dropout_p)
         if packed:
             checks.check_cu_seqlens_tensors(q, cu_seqlens_q, cu_seqlens_k)
         compute_len = q.shape[-3]
@@ -80,7 +80,7 @@ def context_parallel_attention(
             shard_lens = checks.check_shard_lens("shard_lens", shard_lens, place.world_size)
             shard_lens_k = checks.check_shard_lens("shard_lens_k", shard_lens_k, place.world_size)
             if shard_lens is not None:
-                compute_len = LAYOUTS[q_layout].for_shards(shard_lens).shard_lens[place.block]
+                compute_len = LAYOUTS[compute_layout].for_shards(shard_lens).shard_lens[place.block]
     options = Options(
         op=op,
         group=group,
@@ -88,15 +88,23 @@ def context_parallel_attention(
         shard_lens_k=shard_lens_k,
         caller_layout=caller_layout,
         # One device holds every layout in the same order, so nothing has to move.
-        q_layout=caller_layout if group == ALONE else q_layout,
-        k_layout=caller_layout,
+        compute_layout=caller_layout if group == ALONE else compute_layout,
         compute_len=compute_len,
         softmax_scale=scale,
         left=mask.left,
         right=mask.right,
+        softcap=softcap,
+        bias_gradient=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
+        dropout_p=dropout_p,
+        same_seed=seed.seed is not None,
+        first_batch=seed.first_batch,
+        first_head=seed.first_head,
         exchange=exchange,
         kernel=kernel,
         deterministic=deterministic,
     )
-    out, softmax_lse, *_ = attention_op(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+    extras = Extras(
+        cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks, seed_tensor(dropout_p, seed.seed)
+    )
+    out, softmax_lse, *_ = attention_op(q, k, v, *extras, *options)
     return (out, softmax_lse) if return_lse else out

@@ -20,8 +20,8 @@ from nnscaler_ring.core.schedule import Mask, Schedule
 class Call:
     """One call of a public op, the same on all ranks of its group.
 
-    q is held in `caller_layout` and computed in `q_layout`; where they differ, its rows move.
-    k and v stay where they are, in `k_layout`.
+    Rows are held in `caller_layout` and computed in `compute_layout`; where they differ, they move.
+    Of optional tensors it has what must be alike: their shapes without the rows.
     """
 
     op: str
@@ -37,9 +37,16 @@ class Call:
     device_type: str
     softmax_scale: float
     mask: Mask
+    softcap: float
+    alibi_slopes: tuple[int, ...] | None
+    bias: tuple[object, ...] | None
+    bias_gradient: bool
+    sinks: bool
+    dropout_p: float
+    dropout_seed: str
+    lse_gradient: bool | None
     caller_layout: str
-    q_layout: str
-    k_layout: str
+    compute_layout: str
     exchange: str
     kernel: str
     deterministic: bool
@@ -72,11 +79,12 @@ def describe(call: Call | RelayoutCall) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank does in a call: moves q's rows in and the result's out, or None, and computes.
+    """What one rank does in a call: moves rows in and the result's out, or None, and computes.
 
     `tag` is the same on all ranks.
     """
 
+    schedule: Schedule
     exchange: ExchangePlan
     moves_in: Moves | None
     moves_out: Moves | None
@@ -99,13 +107,15 @@ def plan_call(call: Call, block: int) -> Plan:
         ValueError: cu_seqlens do not fit the tokens, or a layout does not fit the shards.
     """
     held = LAYOUTS[call.caller_layout].for_shards(call.shard_lens)
-    queries: SequenceLayout = LAYOUTS[call.q_layout].for_shards(call.shard_lens)
-    keys: SequenceLayout = LAYOUTS[call.k_layout].for_shards(call.shard_lens_k)
+    layout = LAYOUTS[call.compute_layout]
+    queries: SequenceLayout = layout.for_shards(call.shard_lens)
+    keys: SequenceLayout = layout.for_shards(call.shard_lens_k)
     _check_layout(call.caller_layout, "shard_lens", held, call.shard_lens)
-    _check_layout(call.k_layout, "shard_lens_k", keys, call.shard_lens_k)
     moves_in = moves_out = None
-    if call.caller_layout != call.q_layout:
+    if call.caller_layout != call.compute_layout:
         moves_in, moves_out = plan_moves(held, queries, block), plan_moves(queries, held, block)
+    else:
+        _check_layout(call.caller_layout, "shard_lens_k", keys, call.shard_lens_k)
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
         cu_q, cu_k = cu_seqlens_of(call.cu_seqlens_q), cu_seqlens_of(call.cu_seqlens_k)
         check_cu_seqlens_values("cu_seqlens_q", cu_q, sum(call.shard_lens))
@@ -114,7 +124,7 @@ def plan_call(call: Call, block: int) -> Plan:
         keys = PackedDocuments(keys, cu_k, cu_k)
     schedule = Schedule(queries, keys, call.mask)
     exchange = EXCHANGES[call.exchange](schedule, block)
-    return Plan(exchange, moves_in, moves_out, _tag(call))
+    return Plan(schedule, exchange, moves_in, moves_out, _tag(call))
 
 
 @lru_cache(maxsize=256)

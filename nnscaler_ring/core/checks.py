@@ -9,6 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.dropout import DropoutSeed
 from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.kernels import KERNELS
 from nnscaler_ring.core.schedule import Mask
@@ -103,30 +104,110 @@ def check_choices(
         )
 
 
-def refuse_options(
-    *,
-    dropout_p: float,
-    alibi_slopes: Tensor | None,
-    bias: Tensor | None,
-    softcap: float,
-    sinks: Tensor | None,
-    dropout_seed: int | None,
-) -> None:
-    """Options that no kernel computes yet: refused when set, never ignored."""
-    given = {
-        "dropout_p": not isinstance(dropout_p, Real) or dropout_p != 0.0,
-        "dropout_seed": dropout_seed is not None,
-        "alibi_slopes": alibi_slopes is not None,
-        "bias": bias is not None,
-        "softcap": not isinstance(softcap, Real) or softcap != 0.0,
-        "sinks": sinks is not None,
-    }
-    for name, is_set in given.items():
-        if is_set:
-            raise NotImplementedError(
-                f"{name} is not implemented yet; leave it at its default, "
-                f"{0.0 if name in ('dropout_p', 'softcap') else None}."
-            )
+def check_softcap(softcap: float) -> float:
+    """The cap of the scores; 0 for none."""
+    if not isinstance(softcap, Real) or isinstance(softcap, bool):
+        raise TypeError(f"softcap must be a float, got {softcap!r}; 0.0 is none.")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap must be finite and >= 0, got {softcap}; 0.0 is none.")
+    return float(softcap)
+
+
+def check_dropout_p(dropout_p: float) -> float:
+    """The probability of dropping a probability."""
+    if not isinstance(dropout_p, Real) or isinstance(dropout_p, bool):
+        raise TypeError(f"dropout_p must be a float, got {dropout_p!r}; 0.0 is none.")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}; 0.0 is none.")
+    return float(dropout_p)
+
+
+def check_dropout_seed(dropout_seed: int | DropoutSeed | None, dropout_p: float) -> DropoutSeed:
+    """The seed, and where this rank's batch rows and heads begin."""
+    given = dropout_seed if isinstance(dropout_seed, DropoutSeed) else DropoutSeed(dropout_seed)
+    if not (given.seed is None or _is_int(given.seed)):
+        raise TypeError(f"dropout_seed must be an int or None, got {given.seed!r}.")
+    if given.seed is not None and not -(2**63) <= given.seed < 2**63:
+        raise ValueError(f"dropout_seed must fit into 64 bits, got {given.seed}.")
+    if given.seed is not None and not dropout_p:
+        raise ValueError(
+            f"dropout_seed must be None where dropout_p is 0.0, got {given.seed}; set dropout_p, "
+            "or leave dropout_seed out."
+        )
+    for name in ("first_batch", "first_head"):
+        value = getattr(given, name)
+        if not _is_int(value):
+            raise TypeError(f"dropout_seed.{name} must be an int, got {value!r}.")
+        if value < 0:
+            raise ValueError(f"dropout_seed.{name} must be >= 0, got {value}.")
+    return given
+
+
+def check_alibi_slopes(alibi_slopes: Tensor | None, q: Tensor) -> None:
+    """[num_heads], or [batch, num_heads] beside a q with a batch."""
+    if alibi_slopes is None:
+        return
+    _check_option("alibi_slopes", alibi_slopes, q)
+    heads = q.shape[-2]
+    shapes = [[heads]] if q.dim() == 3 else [[heads], [q.shape[0], heads]]
+    if list(alibi_slopes.shape) not in shapes:
+        raise ValueError(
+            f"alibi_slopes must be {' or '.join(map(str, shapes))}, one slope per query head"
+            f"{'' if q.dim() == 3 else ' (and row of the batch)'}, got {list(alibi_slopes.shape)}."
+        )
+    if alibi_slopes.requires_grad:
+        raise ValueError(
+            "alibi_slopes must not require a gradient, they are constants of the model; pass "
+            "alibi_slopes.detach(), or a bias, which has a gradient."
+        )
+
+
+def check_bias(bias: Tensor | None, q: Tensor) -> None:
+    """[batch or 1, num_heads or 1, rows of q, all keys]; packed: without batch."""
+    if bias is None:
+        return
+    _check_option("bias", bias, q)
+    packed = q.dim() == 3
+    dims = f"[{'' if packed else 'batch or 1, '}num_heads or 1, this rank's query rows, all keys]"
+    leading = [(1, q.shape[-2])] if packed else [(1, q.shape[0]), (1, q.shape[-2])]
+    if bias.dim() != q.dim():
+        raise ValueError(f"bias must be {dims}, got shape {list(bias.shape)}.")
+    fits = all(n in sizes for n, sizes in zip(bias.shape, leading, strict=False))
+    if not fits or bias.shape[-2] != q.shape[-3]:
+        raise ValueError(
+            f"bias must be {dims} for q {list(q.shape)}, got {list(bias.shape)}; its rows follow "
+            "the layout in which this rank passes q, its keys are those of all ranks in order."
+        )
+
+
+def check_bias_keys(bias: Tensor, keys: int) -> None:
+    """The last dimension of bias is every key of all ranks."""
+    if bias.shape[-1] != keys:
+        raise ValueError(
+            f"bias must have a column for each of the {keys} keys of all ranks, got "
+            f"{bias.shape[-1]} columns in {list(bias.shape)}; its rows are this rank's."
+        )
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    """[num_heads]."""
+    if sinks is None:
+        return
+    _check_option("sinks", sinks, q)
+    if list(sinks.shape) != [q.shape[-2]]:
+        raise ValueError(
+            f"sinks must be [num_heads], one logit per query head, [{q.shape[-2]}], got "
+            f"{list(sinks.shape)}."
+        )
+
+
+def _check_option(name: str, x: object, q: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(x).__name__}.")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be of a floating dtype, got {x.dtype}; convert it.")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on q's device, {q.device}, got {x.device}; move it.")
 
 
 def check_shard_lens(

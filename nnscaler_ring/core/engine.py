@@ -6,7 +6,8 @@ the steps of an exchange and the tiles of a step. Partial results stay in float3
 Note [Global out and softmax_lse]
     A tile's backward gets the merged out and softmax_lse of its query rows, not the tile's own.
     Then `exp(scores - softmax_lse)` is the tile's part of the whole softmax and its gradients are
-    exact: the sum over tiles is the gradient, with nothing to correct afterwards.
+    exact: the sum over tiles is the gradient, with nothing to correct afterwards. Sinks are one
+    more block of keys for the forward pass; in the backward they need their own gradient alone.
 
 Source: Liu et al., "Ring Attention with Blockwise Transformers", arXiv 2310.01889; Dao,
 "FlashAttention-2", arXiv 2307.08691.
@@ -14,12 +15,29 @@ Source: Liu et al., "Ring Attention with Blockwise Transformers", arXiv 2310.018
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from nnscaler_ring.core.exchange import KVExchange
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.online_softmax import PartialOutput
 from nnscaler_ring.core.row_sum import RowSum
+from nnscaler_ring.core.scores import Scores
+from nnscaler_ring.core.sinks import merge_sinks_, sink_gradient
+
+
+class Gradients(NamedTuple):
+    """Of this rank's rows; `dbias` and `dsinks` where there are a bias that wants one, and sinks.
+
+    `dsinks` is this rank's part: the sum over ranks is the gradient.
+    """
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None
+    dsinks: Tensor | None
 
 
 def attention_forward(
@@ -29,34 +47,41 @@ def attention_forward(
     *,
     exchange: KVExchange,
     kernel: AttentionKernel,
-    softmax_scale: float,
+    scores: Scores,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries to everybody's keys.
 
     Args:
         q: [batch, shard_len, num_heads, head_dim].
         k: [batch, shard_len_k, num_kv_heads, head_dim]; v likewise with v_head_dim.
+        sinks: [num_heads].
 
     Returns:
         out in q's dtype, softmax_lse [batch, num_heads, shard_len].
     """
     partial = PartialOutput(q, v.shape[-1])
     for step in exchange.steps(k, v):
-        for tile in kernel.calls(step.tiles):
+        step_scores = scores.of_keys(step.rows, q.device)
+        for tile in kernel.calls(step.tiles, plain=scores.plain):
             block_out, block_lse = kernel.forward(
                 q[:, tile.q],
                 step.k[:, tile.k],
                 step.v[:, tile.k],
-                softmax_scale=softmax_scale,
+                softmax_scale=scores.softmax_scale,
                 window=tile.window(),
+                mods=step_scores.of(tile),
             )
             partial.merge_(tile.q, block_out, block_lse)
+    if sinks is not None:
+        merge_sinks_(partial, q, v.shape[-1], sinks)
     out, softmax_lse = partial.current()
     return out.to(q.dtype).contiguous(), softmax_lse.contiguous()
 
 
 def attention_backward(
     dout: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -65,30 +90,38 @@ def attention_backward(
     *,
     exchange: KVExchange,
     kernel: AttentionKernel,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of this rank's rows. See Note [Global out and softmax_lse]."""
+    scores: Scores,
+    sinks: Tensor | None = None,
+) -> Gradients:
+    """Gradients from those of out and of softmax_lse. See Note [Global out and softmax_lse]."""
     dq = RowSum(q)
     for step in exchange.gradient_steps(k, v):
-        for tile in kernel.calls(step.tiles):
-            block_dq, block_dk, block_dv = kernel.backward(
+        step_scores = scores.of_keys(step.rows, q.device)
+        for tile in kernel.calls(step.tiles, plain=scores.plain):
+            block = kernel.backward(
                 dout[:, tile.q],
                 q[:, tile.q],
                 step.k[:, tile.k],
                 step.v[:, tile.k],
                 out[:, tile.q],
                 softmax_lse[..., tile.q],
-                softmax_scale=softmax_scale,
+                None if dlse is None else dlse[..., tile.q],
+                softmax_scale=scores.softmax_scale,
                 window=tile.window(),
+                mods=step_scores.of(tile),
             )
-            dq.take_(tile.q, block_dq)
-            step.dk.take_(tile.k, block_dk)
-            step.dv.take_(tile.k, block_dv)
-            del block_dq, block_dk, block_dv
+            dq.take_(tile.q, block.dq)
+            step.dk.take_(tile.k, block.dk)
+            step.dv.take_(tile.k, block.dv)
+            step_scores.take_dbias_(tile, block.dbias)
+            del block
         del step  # its memory is needed for the next one
     dk, dv = exchange.gradients()
-    return (
+    dbias = scores.dbias()
+    return Gradients(
         dq.current().to(q.dtype).contiguous(),
         dk.to(k.dtype).contiguous(),
         dv.to(v.dtype).contiguous(),
+        dbias,
+        None if sinks is None else sink_gradient(dout, out, softmax_lse, dlse, sinks),
     )

@@ -6,11 +6,13 @@ step the caller adds dK and dV of the step's keys to `step.dk` and `step.dv`, an
 carries them to the rank that owns the rows.
 
 Note [Memory is set by the message]
-    The direct exchange cuts what a rank reads from another into messages of about
-    `KEYS_PER_MESSAGE` keys, each with its own tiles. A message's keys, the next message's, and the
+    The direct exchange cuts what a rank reads from another into messages of about so many keys,
+    each with its own tiles. A message's keys, the next message's, and in the backward pass the
     gradients of the last one are alive at a time: a few messages, however many ranks there are.
-    The number of parts is the same on all ranks, so halves and wholes stay in step, and a power of
-    two, so that messages end where zigzag chunks end: a tile cut elsewhere costs two more calls.
+    Every message costs calls and a merge of its own, so they are longer in the forward pass, which
+    has far less alive beside them than the backward pass. The number of parts is the same on all
+    ranks, so halves and wholes stay in step, and a power of two, so that messages end where zigzag
+    chunks end: a tile cut elsewhere costs two more calls.
 """
 
 from __future__ import annotations
@@ -22,22 +24,27 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.coordinates import KeyRows
 from nnscaler_ring.core.online_softmax import accumulation_dtype
 from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.schedule import Rows, Schedule, Step, message_steps, row_count
+from nnscaler_ring.core.schedule import PairWork, Rows, Schedule, Step, row_count
 from nnscaler_ring.core.tile import Tile
 from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
 
-KEYS_PER_MESSAGE = 2048
+FORWARD_KEYS, BACKWARD_KEYS = 8192, 2048
 """Tokens of the longest shard per message; see Note [Memory is set by the message]."""
 
 
 class Keys(NamedTuple):
-    """Keys and values [batch, keys, num_kv_heads, head_dim], and the tiles that read them."""
+    """Keys and values [batch, keys, num_kv_heads, head_dim], and the tiles that read them.
+
+    `rows` says whose they are: (source, start, stop) of the source's shard, one after another.
+    """
 
     k: Tensor
     v: Tensor
     tiles: Sequence[Tile]
+    rows: KeyRows
 
 
 class GradientStep(NamedTuple):
@@ -46,6 +53,7 @@ class GradientStep(NamedTuple):
     k: Tensor
     v: Tensor
     tiles: Sequence[Tile]
+    rows: KeyRows
     dk: RowSum
     dv: RowSum
 
@@ -104,9 +112,9 @@ class _Home:
             self.dv.add_(slice(start, stop), dv[:, piece])
             offset += stop - start
 
-    def step(self, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> GradientStep:
+    def step(self, keys: Keys) -> GradientStep:
         """The local step: its gradients are at home already."""
-        return GradientStep(k, v, tiles, self.dk, self.dv)
+        return GradientStep(*keys, self.dk, self.dv)
 
 
 @dataclass(frozen=True)
@@ -126,30 +134,42 @@ class DirectPlan:
     """
 
     def __init__(
-        self, schedule: Schedule, rank: int, keys_per_message: int = KEYS_PER_MESSAGE
+        self,
+        schedule: Schedule,
+        rank: int,
+        forward_keys: int = FORWARD_KEYS,
+        backward_keys: int = BACKWARD_KEYS,
     ) -> None:
+        self.tiles = tuple(schedule.tiles(rank, (rank,)))
+        self.rows = ((rank, 0, schedule.k_lens[rank]),)
         ranks = schedule.world_size
-        parts = _power_of_two(max(schedule.k_lens) // keys_per_message)
-        self.local = tuple(schedule.tiles(rank, (rank,)))
-        self.rounds: list[Round] = []
+        pairs = []
         for distance in range(1, ranks):
             source, target = (rank - distance) % ranks, (rank + distance) % ranks
-            incoming = message_steps(schedule, rank, source, parts)
-            outgoing = message_steps(schedule, target, rank, parts)
-            for step_in, step_out in zip(incoming, outgoing, strict=True):
-                if step_in.rows or step_out.rows:
-                    self.rounds.append(Round(step_in, target, step_out))
+            incoming = PairWork.of(schedule, rank, source)
+            pairs.append((incoming, target, PairWork.of(schedule, target, rank)))
+        longest = max(schedule.k_lens)
+        self.forward_rounds = tuple(_rounds(pairs, _power_of_two(longest // forward_keys)))
+        self.backward_rounds = tuple(_rounds(pairs, _power_of_two(longest // backward_keys)))
 
     def start(self, transport: Transport) -> KVExchange:
         return _Direct(self, transport)
 
     def sent(self) -> Sent:
-        incoming = [round_.incoming for round_ in self.rounds]
+        incoming = [round_.incoming for round_ in self.backward_rounds]
         return Sent(
-            sum(row_count(round_.outgoing.rows) for round_ in self.rounds),
+            sum(row_count(round_.outgoing.rows) for round_ in self.backward_rounds),
             sum(row_count(step.rows) for step in incoming if not step.summed),
             sum(row_count(step.rows) for step in incoming if step.summed),
         )
+
+
+def _rounds(pairs: Sequence[tuple[PairWork, int, PairWork]], parts: int) -> Iterator[Round]:
+    """Every distance's messages in so many parts; what is empty on both sides is left out."""
+    for incoming, target, outgoing in pairs:
+        for step_in, step_out in zip(incoming.steps(parts), outgoing.steps(parts), strict=True):
+            if step_in.rows or step_out.rows:
+                yield Round(step_in, target, step_out)
 
 
 class _Direct:
@@ -158,17 +178,17 @@ class _Direct:
         self._transport = transport
 
     def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        for keys, tiles, _ in self._arrivals("forward_kv", k, v):
-            yield Keys(*keys, tiles)
+        for keys, _ in self._arrivals("forward_kv", self._plan.forward_rounds, k, v):
+            yield keys
 
     def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
         self._home = _Home(k, v)
         homebound: _Homebound | None = None
-        for keys, tiles, round_ in self._arrivals("backward_kv", k, v):
+        for keys, round_ in self._arrivals("backward_kv", self._plan.backward_rounds, k, v):
             if round_ is None:
-                yield self._home.step(*keys, tiles)
+                yield self._home.step(keys)
                 continue
-            step = GradientStep(*keys, tiles, RowSum(keys[0]), RowSum(keys[1]))
+            step = GradientStep(*keys, RowSum(keys.k), RowSum(keys.v))
             yield step
             last, homebound = homebound, self._send_home(round_, step, k, v)
             del step, keys
@@ -181,18 +201,19 @@ class _Direct:
         return self._home.dk.current(), self._home.dv.current()
 
     def _arrivals(
-        self, kind: Kind, k: Tensor, v: Tensor
-    ) -> Iterator[tuple[tuple[Tensor, Tensor], Sequence[Tile], Round | None]]:
+        self, kind: Kind, rounds: Sequence[Round], k: Tensor, v: Tensor
+    ) -> Iterator[tuple[Keys, Round | None]]:
         """The local keys, then every round's, each yielded while the next is under way."""
-        rounds = self._plan.rounds
         under_way = self._post(kind, rounds[0], k, v) if rounds else None
-        yield (k, v), self._plan.local, None
+        yield Keys(k, v, self._plan.tiles, self._plan.rows), None
         for n, round_ in enumerate(rounds):
             assert under_way is not None
             transfer, buffer = under_way
             transfer.wait()
             under_way = self._post(kind, rounds[n + 1], k, v) if n + 1 < len(rounds) else None
-            yield (buffer.k, buffer.v), round_.incoming.tiles, round_
+            incoming = round_.incoming
+            rows = [(incoming.source, *run) for run in incoming.rows]
+            yield Keys(buffer.k, buffer.v, incoming.tiles, rows), round_
 
     def _post(self, kind: Kind, round_: Round, k: Tensor, v: Tensor) -> tuple[Transfer, _Buffer]:
         incoming, outgoing = round_.incoming, round_.outgoing
@@ -318,7 +339,7 @@ class _Ring:
         sending: Transfer | None = None
         for distance, keys in enumerate(self._arrivals("backward_kv", k, v)):
             if distance == 0:
-                yield self._home.step(*keys)
+                yield self._home.step(keys)
                 continue
             # The sum of the ranks that have had these keys before; none has at distance 1.
             so_far = _Buffer(keys.k, keys.v, keys.k.shape[1] if distance > 1 else 0, dtype)
@@ -352,7 +373,8 @@ class _Ring:
             buffer = _Buffer(k, v, sum(self._plan.k_lens[source] for source in following), k.dtype)
             sends = [Message(self._right, x) for x in held] if following else []
             transfer = self._transport.post(kind, sends, buffer.messages(self._left, True))
-            yield Keys(*held, tiles)
+            source = self._plan.sources[distance]
+            yield Keys(*held, tiles, ((source, 0, self._plan.k_lens[source]),))
             transfer.wait()
             held = buffer.k, buffer.v
 
@@ -369,6 +391,7 @@ class AllGatherPlan:
     def __init__(self, schedule: Schedule, rank: int) -> None:
         self.tiles = tuple(schedule.tiles(rank, range(schedule.world_size)))
         self.k_lens = schedule.k_lens
+        self.rows = tuple((source, 0, n) for source, n in enumerate(self.k_lens))
         self.rank = rank
 
     def start(self, transport: Transport) -> KVExchange:
@@ -385,16 +408,20 @@ class _AllGather:
         self._transport = transport
 
     def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        yield Keys(self._gather("forward_kv", k), self._gather("forward_kv", v), self._plan.tiles)
+        yield self._keys("forward_kv", k, v)
 
     def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
-        k_all, v_all = self._gather("backward_kv", k), self._gather("backward_kv", v)
-        step = GradientStep(k_all, v_all, self._plan.tiles, RowSum(k_all), RowSum(v_all))
+        keys = self._keys("backward_kv", k, v)
+        step = GradientStep(*keys, RowSum(keys.k), RowSum(keys.v))
         yield step
         self._dk, self._dv = self._scatter(step.dk), self._scatter(step.dv)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         return self._dk, self._dv
+
+    def _keys(self, kind: Kind, k: Tensor, v: Tensor) -> Keys:
+        plan = self._plan
+        return Keys(self._gather(kind, k), self._gather(kind, v), plan.tiles, plan.rows)
 
     def _gather(self, kind: Kind, x: Tensor) -> Tensor:
         lens = self._plan.k_lens

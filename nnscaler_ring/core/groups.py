@@ -53,6 +53,7 @@ class Traffic:
     backward_kv_bytes: int = 0
     gradient_bytes: int = 0
     relayout_bytes: int = 0
+    seed_bytes: int = 0
     messages: int = 0
 
     @property
@@ -63,6 +64,7 @@ class Traffic:
             + self.backward_kv_bytes
             + self.gradient_bytes
             + self.relayout_bytes
+            + self.seed_bytes
         )
 
     def __sub__(self, earlier: Traffic) -> Traffic:

@@ -52,7 +52,7 @@ class PartialOutput:
         batch, rows, num_heads, _ = q.shape
         self._shape = (batch, rows, num_heads, v_head_dim)
         self._device = q.device
-        self._dtype = accumulation_dtype(q.dtype)
+        self.dtype = accumulation_dtype(q.dtype)
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
 
@@ -73,10 +73,10 @@ class PartialOutput:
     def _accumulators(self) -> tuple[Tensor, Tensor]:
         if self._out is None or self._lse is None:
             batch, rows, num_heads, _ = self._shape
-            self._out = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+            self._out = torch.zeros(self._shape, dtype=self.dtype, device=self._device)
             # Rows before heads in memory, as out has them: a merge then walks both in order.
             lse = self._out.new_full((batch, rows, num_heads), -torch.inf)
             self._lse = lse.transpose(1, 2)
-        elif self._out.dtype != self._dtype:
-            self._out = self._out.to(self._dtype)
+        elif self._out.dtype != self.dtype:
+            self._out = self._out.to(self.dtype)
         return self._out, self._lse

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -48,25 +48,39 @@ def plan_moves(source: SequenceLayout, target: SequenceLayout, rank: int) -> Mov
     )
 
 
-def move_rows(x: Tensor, dim: int, moves: Moves, transport: Transport) -> Tensor:
-    """x with its rows along `dim` in the target layout, contiguous: a fresh tensor."""
-    before = (slice(None),) * dim
-    moved = x.new_empty(*x.shape[:dim], moves.new_length, *x.shape[dim + 1 :])
-    arrivals = [(moved[(*before, run.rows)], run.block) for run in moves.receives]
-    # A run that is one piece of memory is received where it belongs, without a copy.
-    buffers = [rows if rows.is_contiguous() else rows.new_empty(rows.shape) for rows, _ in arrivals]
-    transfer = transport.post(
-        "relayout",
-        [Message(run.block, x[(*before, run.rows)].contiguous()) for run in moves.sends],
-        [Message(block, b) for b, (_, block) in zip(buffers, arrivals, strict=True)],
-    )
-    for old, new in moves.kept:
-        moved[(*before, new)] = x[(*before, old)]
+def move_rows(
+    tensors: Sequence[tuple[Tensor, int]], moves: Moves, transport: Transport
+) -> list[Tensor]:
+    """Tensors with their rows along `dim` in the target layout: fresh, contiguous, moved together.
+
+    Args:
+        tensors: (tensor, dim) with this rank's rows of the source layout.
+    """
+    results: list[Tensor] = []
+    sends: list[Message] = []
+    receives: list[Message] = []
+    arrivals: list[tuple[Tensor, Tensor]] = []
+    for x, dim in tensors:
+        before = (slice(None),) * dim
+        moved = x.new_empty(*x.shape[:dim], moves.new_length, *x.shape[dim + 1 :])
+        results.append(moved)
+        sends += [Message(run.block, x[(*before, run.rows)].contiguous()) for run in moves.sends]
+        for run in moves.receives:
+            rows = moved[(*before, run.rows)]
+            # A run that is one piece of memory is received where it belongs, without a copy.
+            buffer = rows if rows.is_contiguous() else rows.new_empty(rows.shape)
+            receives.append(Message(run.block, buffer))
+            arrivals.append((rows, buffer))
+    transfer = transport.post("relayout", sends, receives)
+    for (x, dim), moved in zip(tensors, results, strict=True):
+        before = (slice(None),) * dim
+        for old, new in moves.kept:
+            moved[(*before, new)] = x[(*before, old)]
     transfer.wait()
-    for buffer, (rows, _) in zip(buffers, arrivals, strict=True):
+    for rows, buffer in arrivals:
         if buffer is not rows:
             rows.copy_(buffer)
-    return moved
+    return results
 
 
 def _shared_rows(

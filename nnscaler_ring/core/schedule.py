@@ -114,21 +114,38 @@ class Step:
     whole: bool
 
 
+@dataclass(frozen=True)
+class PairWork:
+    """The work of a rank on one source's keys: the rows that it needs and the tiles along them."""
+
+    source: int
+    rows: Rows
+    tiles: tuple[Tile, ...]
+    source_len: int
+
+    @classmethod
+    def of(cls, schedule: Schedule, rank: int, source: int) -> PairWork:
+        """From the schedule."""
+        tiles = schedule.tiles(rank, (source,))
+        rows = _union((tile.k0, tile.k1) for tile in tiles)
+        in_message = merge_neighbours(_along_message(tiles, rows))
+        return cls(source, rows, tuple(in_message), schedule.k_lens[source])
+
+    def steps(self, parts: int) -> Iterator[Step]:
+        """The needed rows cut into `parts` equal messages."""
+        total = row_count(self.rows)
+        edges = [part * total // parts for part in range(parts + 1)]
+        for start, stop in pairwise(edges):
+            clipped = (clip_keys(tile, start, stop) for tile in self.tiles)
+            part = tuple(tile.keys_moved(-start) for tile in clipped if tile)
+            cut = cut_rows(self.rows, start, stop)
+            whole = row_count(cut) == self.source_len
+            yield Step(self.source, cut, part, _summed(part), whole)
+
+
 def message_steps(schedule: Schedule, rank: int, source: int, parts: int) -> tuple[Step, ...]:
-    """The work of `rank` on `source`'s keys, its needed rows cut into `parts` equal messages."""
-    tiles = schedule.tiles(rank, (source,))
-    rows = _union((tile.k0, tile.k1) for tile in tiles)
-    in_message = merge_neighbours(_along_message(tiles, rows))
-    steps = []
-    total = row_count(rows)
-    edges = [part * total // parts for part in range(parts + 1)]
-    for start, stop in pairwise(edges):
-        clipped = (clip_keys(tile, start, stop) for tile in in_message)
-        part = tuple(tile.keys_moved(-start) for tile in clipped if tile)
-        cut = cut_rows(rows, start, stop)
-        whole = row_count(cut) == schedule.k_lens[source]
-        steps.append(Step(source, cut, part, _summed(part), whole))
-    return tuple(steps)
+    """The work of `rank` on `source`'s keys as `parts` messages."""
+    return tuple(PairWork.of(schedule, rank, source).steps(parts))
 
 
 def row_count(rows: Rows) -> int:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nnscaler_ring.core.groups import Place, Traffic
 
-Kind = Literal["forward_kv", "backward_kv", "gradient", "relayout"]
-KINDS: tuple[Kind, ...] = ("forward_kv", "backward_kv", "gradient", "relayout")
+Kind = Literal["forward_kv", "backward_kv", "gradient", "relayout", "seed"]
+KINDS: tuple[Kind, ...] = ("forward_kv", "backward_kv", "gradient", "relayout", "seed")
 
 
 # torch 2.13 renamed both; the old names warn there.

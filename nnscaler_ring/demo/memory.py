@@ -16,14 +16,14 @@ import ctypes
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nnscaler_ring.core.kernels import Problem
-from nnscaler_ring.demo.shard import make_shard
+from nnscaler_ring.demo.shard import Split
 from nnscaler_ring.launch import Rank
 from nnscaler_ring.machine import usable_kernel
 
@@ -111,27 +111,22 @@ class AttentionSize:
     head_dim: int = 64
 
 
-def attention_memory(rank: Rank, op: str, size: AttentionSize) -> PeakMemory:
+def attention_memory(rank: Rank, split: Split, size: AttentionSize) -> PeakMemory:
     """Peak memory of this rank's share of one layer: q, k, v, out, all gradients, all messages."""
-    _attend(rank, op, AttentionSize(64 * rank.world_size))  # loads what the first call loads
+    # A short sequence loads what the first call loads.
+    _attend(rank, replace(split, tokens=64 * rank.world_size), size)
     with peak_memory(rank.device) as peak:
-        _attend(rank, op, size)
+        _attend(rank, split, size)
     return peak
 
 
-def _attend(rank: Rank, op: str, size: AttentionSize) -> None:
+def _attend(rank: Rank, split: Split, size: AttentionSize) -> None:
     heads = size.num_heads, size.num_kv_heads, size.head_dim, size.head_dim
-    shard = make_shard(
-        op,
-        torch.tensor([0, size.tokens]),
-        group=rank.group,
-        rank=rank.rank,
-        device=rank.device,
-        kernel=usable_kernel(Problem(rank.device.type, torch.float32, *heads)),
-    )
+    kernel = usable_kernel(Problem(rank.device.type, torch.float32, *heads))
+    held = split.rows(rank.rank).shape
     q, k, v = (
-        torch.randn(len(shard.rows), h, size.head_dim, device=rank.device, requires_grad=True)
+        torch.randn(*held, h, size.head_dim, device=rank.device, requires_grad=True)
         for h in (size.num_heads, size.num_kv_heads, size.num_kv_heads)
     )
-    out = shard.attention(q, k, v)
+    out = split.attention(kernel)(q, k, v, torch.tensor([0, split.tokens]))
     out.backward(torch.randn_like(out))

@@ -1,7 +1,8 @@
 """A small byte-level decoder that knows nothing of ranks: attention and positions are given to it.
 
 Everything but attention works on each token by itself, so a rank may hold any tokens of a
-sequence, in any order, as long as it says where they stand.
+sequence, in any order, as long as it says where they stand. It is written with operations that
+nnScaler can partition along the tokens: see the traps in docs/nnscaler.md.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q [s, h, d], k [s, h_kv, d], v [s, h_kv, d]) of this rank's tokens -> out [s, h, d]."""
+Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+"""(q [b, s, h, d], k and v [b, s, h_kv, d] of this rank's tokens, cu_seqlens) -> [b, s, h, d]."""
+
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin of RoPE's angles, [b, s, 1, d / 2] each."""
 
 
 @dataclass(frozen=True)
@@ -32,78 +36,114 @@ class ModelConfig:
 
 
 class Decoder(nn.Module):
-    """Bytes in, logits of each next byte out."""
+    """Bytes in, the loss of each next byte out, summed.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        attention: attention to all tokens of the sequence, wherever they are.
+    """
+
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
-        self.config = config
         self.embedding = nn.Embedding(config.num_bytes, config.width)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.width)
+        self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.num_bytes, bias=False)
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
         for weight in self.parameters():
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=0.02)
 
-    def forward(self, inputs: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Logits [s, 256] of the tokens that this rank holds.
+    def forward(
+        self, inputs: Tensor, positions: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Sum of the losses of the tokens that this rank holds, in nats.
 
         Args:
-            inputs: int64 [s], this rank's bytes.
-            positions: int64 [s], where they stand in the whole sequence or document.
-            attention: attention to all tokens of the sequence, wherever they are.
+            inputs: int64 [b, s], this rank's bytes.
+            positions: int64 [b, s], where they stand in the whole sequence or document.
+            targets: int64 [b, s], the bytes that follow them.
+            cu_seqlens: for the attention, where it packs documents.
         """
+        log_probabilities = F.log_softmax(self.logits(inputs, positions, cu_seqlens), dim=-1)
+        # One loss per token, then their sum: other reductions make nnScaler gather.
+        return F.nll_loss(log_probabilities.transpose(1, 2), targets, reduction="none").sum()
+
+    def logits(self, inputs: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Logits [b, s, 256] of each next byte."""
         x = self.embedding(inputs)
-        rotation = rope_rotation(positions, self.config, x.dtype)
+        rotation = rope_rotation(positions, self.frequencies, x.dtype)
         for layer in self.layers:
-            x = layer(x, rotation, attention)
+            x = layer(x, inputs.size(0), rotation, cu_seqlens)
         return self.head(self.norm(x))
 
 
 class Layer(nn.Module):
     """Attention, then a gated feed-forward network, each on the normalised residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
         q_width = config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
-        self.head_dim = config.head_dim
-        self.attention_norm = nn.RMSNorm(config.width)
+        self.config, self.attention = config, attention
+        self.attention_norm = RMSNorm(config.width)
         self.to_q = nn.Linear(config.width, q_width, bias=False)
         self.to_k = nn.Linear(config.width, kv_width, bias=False)
         self.to_v = nn.Linear(config.width, kv_width, bias=False)
         self.from_heads = nn.Linear(q_width, config.width, bias=False)
-        self.feed_forward_norm = nn.RMSNorm(config.width)
+        self.feed_forward_norm = RMSNorm(config.width)
         self.gate = nn.Linear(config.width, config.hidden, bias=False)
         self.up = nn.Linear(config.width, config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, config.width, bias=False)
 
-    def forward(self, x: Tensor, rotation: Tensor, attention: Attention) -> Tensor:
-        """x [s, width] -> [s, width]."""
+    def forward(
+        self, x: Tensor, batch: int, rotation: Rotation, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """x [b, s, width] -> [b, s, width]."""
+        config = self.config  # sizes come from it and from `batch`: nnScaler gathers for x.shape
         normed = self.attention_norm(x)
-        q, k, v = (
-            project(normed).unflatten(-1, (-1, self.head_dim))
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
-        out = attention(rotate(q, rotation), rotate(k, rotation), v)
-        x = x + self.from_heads(out.flatten(-2))
+        q = self.to_q(normed).view(batch, -1, config.num_heads, config.head_dim)
+        k = self.to_k(normed).view(batch, -1, config.num_kv_heads, config.head_dim)
+        v = self.to_v(normed).view(batch, -1, config.num_kv_heads, config.head_dim)
+        out = self.attention(rotate(q, rotation), rotate(k, rotation), v, cu_seqlens)
+        x = x + self.from_heads(out.flatten(2))
         normed = self.feed_forward_norm(x)
         return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
 
 
-def rope_rotation(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tensor:
-    """(cos, sin) of the angles by which RoPE turns each pair of channels: [2, s, 1, d / 2].
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a gain, in operations that nnScaler knows; nn.RMSNorm is not.
+
+    Source: Zhang and Sennrich, arXiv 1910.07467.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> [..., width]."""
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """By how many radians RoPE turns each pair of channels from one token to the next: [d / 2].
 
     Source: Su et al., "RoFormer", arXiv 2104.09864.
     """
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
+    return config.rope_base ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+
+
+def rope_rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rotation:
+    """cos and sin of the angles by which tokens at positions [b, s] are turned."""
     # In float64, so that a large position keeps its fraction of a turn.
-    angles = positions.double().unsqueeze(1) * config.rope_base ** -exponents.double()
-    return torch.stack((angles.cos(), angles.sin())).unsqueeze(2).to(dtype)
+    angles = positions.to(torch.float64).unsqueeze(2) * frequencies.to(torch.float64)
+    angles = angles.unsqueeze(2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """x [s, h, d] with channel n and n + d / 2 turned as a pair."""
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """x [b, s, h, d] with channel n and n + d / 2 turned as a pair."""
     cos, sin = rotation
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    first, second = x.chunk(2, dim=3)  # nnScaler takes no negative dim here
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=3)

@@ -32,7 +32,7 @@ def sentence(config: DemoConfig, result: DemoResult) -> str:
     memory = "".join(f", {highest / MIB:.0f} MiB on each of {count}" for count, highest in more)
     return (
         f"{len(steps)} steps on real text took the loss from {steps[0].loss:.2f} to {final:.2f} "
-        f"(mean of the last {len(last)}), and {config.ranks} ranks did {verdict} as one device: "
+        f"(mean of the last {len(last)}), and {config.ranks_name} did {verdict} as one device: "
         f"the losses differ by at most {_share(result.largest_difference)} in float32 and "
         f"{_share(result.largest_difference_float64)} in float64; attention to "
         f"{config.attention.tokens} tokens took at most {one[1] / MIB:.0f} MiB on one rank{memory}."
@@ -143,7 +143,7 @@ def _draw_losses(axes: Axes, config: DemoConfig, result: DemoResult) -> None:
         [step.loss for step in result.ranks[0].steps],
         color=RANKS_COLOUR,
         linewidth=1.6,
-        label=f"{config.ranks} ranks, {config.train.op}",
+        label=f"{config.ranks_name}, {config.train.op}",
     )
     axes.set_ylabel("loss (nats per byte)")
     axes.set_title("The same training on one device and on ranks", loc="left")

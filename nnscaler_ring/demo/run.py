@@ -13,9 +13,20 @@ from typing import Protocol
 import torch
 
 from nnscaler_ring.demo.memory import AttentionSize, PeakMemory, attention_memory
+from nnscaler_ring.demo.nnscaler_train import NnScalerTraining
 from nnscaler_ring.demo.text import Corpus, check_length, load_corpus
-from nnscaler_ring.demo.train import Step, TrainConfig, TrainResult, train
-from nnscaler_ring.launch import Rank, check_ranks, run_ranks
+from nnscaler_ring.demo.train import (
+    RanksTraining,
+    Step,
+    TrainConfig,
+    Training,
+    TrainResult,
+    train,
+)
+from nnscaler_ring.launch import run_ranks
+
+ENGINES: dict[str, type[Training]] = {"torch": RanksTraining, "nnscaler": NnScalerTraining}
+"""Who shards the training: this package over torch.distributed alone, or nnScaler's plan."""
 
 FLOAT64_LIMIT = 1e-12
 """Relative difference of two float64 losses that are sums of the same terms in another order."""
@@ -25,12 +36,19 @@ FLOAT64_LIMIT = 1e-12
 class DemoConfig:
     """What the demonstration runs."""
 
+    engine: str = "torch"  # of ENGINES
     ranks: int = 2
     device: str = "cpu"
     text: Path | None = None  # None: Python's standard library
     train: TrainConfig = field(default_factory=TrainConfig)
     attention: AttentionSize = field(default_factory=AttentionSize)
     memory_ranks: tuple[int, ...] = (1, 2, 4)  # enough points to see a line
+
+    @property
+    def ranks_name(self) -> str:
+        """The ranks in a sentence."""
+        ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        return ranks + (" under nnScaler" if self.engine == "nnscaler" else "")
 
 
 class Watch(Protocol):
@@ -88,7 +106,7 @@ def prepare(config: DemoConfig) -> Corpus:
     Raises:
         ValueError: it cannot, or the text is missing or too short.
     """
-    check_ranks(config.ranks, config.device)
+    ENGINES[config.engine].check(config.ranks, config.device, config.train.tokens)
     corpus = load_corpus(config.text)
     check_length(corpus, config.train.tokens)
     return corpus
@@ -97,14 +115,15 @@ def prepare(config: DemoConfig) -> Corpus:
 def run_demo(config: DemoConfig, corpus: Corpus, watch: Watch) -> DemoResult:
     """Run everything; a minute or two with the usual settings on two cores."""
     start = time.monotonic()
-    alone = _train(1, train_alone, config, corpus, watch)
-    ranks = _train(config.ranks, train_together, config, corpus, watch)
+    engine = ENGINES[config.engine]
+    alone = _train("one device", 1, Training, config, corpus, watch)
+    ranks = _train(config.ranks_name, config.ranks, engine, config, corpus, watch)
     memory = {}
     for count in _memory_ranks(config):
         watch.start(f"memory of attention, N = {count}", 1)
-        memory[count] = run_ranks(
-            count, attention_memory, config.train.op, config.attention, device=config.device
-        )
+        size = config.attention
+        split = engine.attention_split(config.train.op, size.tokens, list(range(count)))
+        memory[count] = run_ranks(count, attention_memory, split, size, device=config.device)
         watch.advance(None)
     return DemoResult(corpus, alone[0], ranks, memory, time.monotonic() - start)
 
@@ -116,24 +135,19 @@ def _memory_ranks(config: DemoConfig) -> list[int]:
 
 
 def _train(
-    count: int, fn: object, config: DemoConfig, corpus: Corpus, watch: Watch
+    stage: str,
+    count: int,
+    kind: type[Training],
+    config: DemoConfig,
+    corpus: Corpus,
+    watch: Watch,
 ) -> list[TrainResult]:
-    assert callable(fn), fn
-    stage = "one device" if fn is train_alone else f"{count} ranks"
     watch.start(stage, config.train.steps)
 
     def advance(rank: int, step: Step) -> None:
         if rank == 0:
             watch.advance(step)
 
-    return run_ranks(count, fn, config.train, corpus, device=config.device, on_report=advance)
-
-
-def train_alone(rank: Rank, config: TrainConfig, corpus: Corpus) -> TrainResult:
-    """The whole of every sequence on one device, without a group."""
-    return train(rank, config, corpus, alone=True)
-
-
-def train_together(rank: Rank, config: TrainConfig, corpus: Corpus) -> TrainResult:
-    """A share of every sequence on each rank."""
-    return train(rank, config, corpus, alone=False)
+    return run_ranks(
+        count, train, kind, config.train, corpus, device=config.device, on_report=advance
+    )

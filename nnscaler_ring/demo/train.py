@@ -1,23 +1,24 @@
-"""Training over any number of ranks, each with its share of every sequence."""
+"""Training on one device, and over any number of ranks with a share of every sequence each."""
 
 from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import AdamW
 
 from nnscaler_ring.core.groups import Traffic, traffic
 from nnscaler_ring.core.kernels import Problem
 from nnscaler_ring.demo.memory import peak_memory
 from nnscaler_ring.demo.model import Decoder, ModelConfig
-from nnscaler_ring.demo.shard import Shard, make_shard
+from nnscaler_ring.demo.shard import Split, positions
 from nnscaler_ring.demo.text import Corpus, Sample, draw_sample
-from nnscaler_ring.launch import Rank
+from nnscaler_ring.launch import Rank, check_ranks
 from nnscaler_ring.machine import usable_kernel
 
 
@@ -59,130 +60,154 @@ class TrainResult:
     kernels: dict[str, str]  # dtype -> kernel
 
 
-def train(rank: Rank, config: TrainConfig, corpus: Corpus, *, alone: bool) -> TrainResult:
-    """Train in float32, then a few steps in float64 from the same weights.
-
-    Args:
-        alone: the whole sequence on this device, process_group=None.
-    """
-    group = None if alone else rank.group
-    run = _Run(rank, config, corpus, group, torch.float32)
-    run.warm_up()
-    with peak_memory(rank.device) as memory:
-        run.build()
-        steps = [run.step(0)]
-    rank.report(steps[0])
-    for number in range(1, config.steps):
-        steps.append(run.step(number))
-        rank.report(steps[-1])
-    exact = _Run(rank, config, corpus, group, torch.float64)
-    exact.build()
-    return TrainResult(
-        steps=steps,
-        steps_float64=[exact.step(number) for number in range(config.steps_float64)],
-        peak_bytes=memory.bytes,
-        memory_method=memory.method,
-        weights=sum(weight.numel() for weight in run.weights),
-        weights_spread=run.weights_spread(),
-        kernels={"float32": run.kernel, "float64": exact.kernel},
-    )
-
-
-class _Run:
-    """A model with its optimizer, on one rank of a group or alone."""
-
-    def __init__(
-        self,
-        rank: Rank,
-        config: TrainConfig,
-        corpus: Corpus,
-        group: list[int] | None,
-        dtype: torch.dtype,
-    ) -> None:
-        self.rank, self.config, self.corpus, self.group = rank, config, corpus, group
-        self.dtype = dtype
-        model = config.model
-        self.kernel = usable_kernel(
-            Problem(
-                rank.device.type,
-                dtype,
-                model.num_heads,
-                model.num_kv_heads,
-                model.head_dim,
-                model.head_dim,
-            )
+def train(rank: Rank, kind: type[Training], config: TrainConfig, corpus: Corpus) -> TrainResult:
+    """Train in float32, then a few steps in float64 from the same weights."""
+    with kind.session(rank):
+        kind(rank, config, corpus, torch.float32).warm_up()
+        run = kind(rank, config, corpus, torch.float32)
+        with peak_memory(rank.device) as memory:
+            run.build()
+            steps = [run.step(0)]
+        rank.report(steps[0])
+        for number in range(1, config.steps):
+            steps.append(run.step(number))
+            rank.report(steps[-1])
+        exact = kind(rank, config, corpus, torch.float64)
+        exact.build()
+        return TrainResult(
+            steps=steps,
+            steps_float64=[exact.step(number) for number in range(config.steps_float64)],
+            peak_bytes=memory.bytes,
+            memory_method=memory.method,
+            weights=sum(weight.numel() for weight in run.weights),
+            weights_spread=run.weights_spread(),
+            kernels={"float32": run.kernel, "float64": exact.kernel},
         )
+
+
+class Training:
+    """A model with its optimizer, on one device that holds the whole of every sequence."""
+
+    def __init__(self, rank: Rank, config: TrainConfig, corpus: Corpus, dtype: torch.dtype) -> None:
+        self.rank, self.config, self.corpus, self.dtype = rank, config, corpus, dtype
+        self.split = Split(config.op, config.tokens)
+        self.peers: list[int] | None = None  # None: nobody to talk to
+        model = config.model
+        heads = model.num_heads, model.num_kv_heads, model.head_dim, model.head_dim
+        self.kernel = usable_kernel(Problem(rank.device.type, dtype, *heads))
+
+    @staticmethod
+    def check(ranks: int, device: str, tokens: int) -> None:
+        """Whether sequences of so many tokens can be trained on so many ranks here.
+
+        Raises:
+            ValueError: they cannot; with the reason.
+        """
+        check_ranks(ranks, device)
+
+    @staticmethod
+    def session(rank: Rank) -> AbstractContextManager[object]:
+        """What a rank enters before it trains."""
+        return nullcontext()
+
+    @staticmethod
+    def attention_split(op: str, tokens: int, group: list[int]) -> Split:
+        """How ranks that train this way share the sequence of one attention layer."""
+        return Split(op, tokens, group)
 
     def build(self) -> None:
         """The model, from the same float32 weights in every run and dtype, and its optimizer."""
         torch.manual_seed(self.config.seed)
-        self.model = Decoder(self.config.model).to(self.rank.device, self.dtype)
+        decoder = Decoder(self.config.model, self.split.attention(self.kernel)).to(self.dtype)
+        self.model, self.optimizer = self.place(decoder)
         self.weights = list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(self.weights, lr=self.config.learning_rate)
+
+    def place(self, decoder: Decoder) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model where it is trained, and what updates its weights."""
+        decoder.to(self.rank.device)
+        return decoder, AdamW(decoder.parameters(), lr=self.config.learning_rate)
 
     def warm_up(self) -> None:
         """Load what the first step loads, so that it does not count as the step's memory."""
         self.build()
-        sample = draw_sample(self.corpus, 8 * self.rank.world_size, seed=0, step=0)
-        self._loss(sample).backward()
-        self._sum_gradients()
+        self.loss(self.sample(0)).backward()
+        self.finish_gradients()
 
     def step(self, number: int) -> Step:
         """One update of the weights from one sequence."""
-        config = self.config
-        sample = draw_sample(self.corpus, config.tokens, seed=config.seed, step=number)
-        sent, start = traffic(self.group), time.perf_counter()
+        sample = self.sample(number)
+        sent, start = traffic(self.peers), time.perf_counter()
         for options in self.optimizer.param_groups:
-            options["lr"] = learning_rate(config, number)
-        loss = self._loss(sample)
+            options["lr"] = learning_rate(self.config, number)
+        loss = self.loss(sample)
         loss.backward()
-        self._sum_gradients()
+        self.finish_gradients()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        total = self._sum(loss.detach()).item()
-        return Step(number, total, time.perf_counter() - start, traffic(self.group) - sent)
+        self.optimizer.zero_grad()
+        mean = self.whole_loss(loss.detach()).item()
+        return Step(number, mean, time.perf_counter() - start, traffic(self.peers) - sent)
 
-    def _loss(self, sample: Sample) -> Tensor:
+    def sample(self, number: int) -> Sample:
+        """The sequence of a step, the same on all ranks."""
+        return draw_sample(self.corpus, self.config.tokens, seed=self.config.seed, step=number)
+
+    def batch(self, sample: Sample) -> dict[str, Tensor]:
+        """What the model gets of a sequence, by the names of its arguments."""
+        rows = self.split.rows(self.rank.rank)
+        held = {
+            "inputs": sample.inputs[rows],
+            "positions": positions(self.config.op, rows, sample.cu_seqlens),
+            "targets": sample.targets[rows],
+        }
+        batch = {name: x.to(self.rank.device) for name, x in held.items()}
+        if self.config.op == "varlen":
+            batch["cu_seqlens"] = sample.cu_seqlens
+        return batch
+
+    def loss(self, sample: Sample) -> Tensor:
         """This rank's part of the mean over all tokens of the sequence."""
-        shard = self._shard(sample)
-        inputs, targets = (
-            x[shard.rows].to(self.rank.device) for x in (sample.inputs, sample.targets)
-        )
-        logits = self.model(inputs, shard.positions, shard.attention)
-        return F.cross_entropy(logits, targets, reduction="sum") / len(sample.inputs)
+        total: Tensor = self.model(**self.batch(sample))
+        return total / self.config.tokens
 
-    def _shard(self, sample: Sample) -> Shard:
-        return make_shard(
-            self.config.op,
-            sample.cu_seqlens,
-            group=self.group,
-            rank=self.rank.rank,
-            device=self.rank.device,
-            kernel=self.kernel,
-        )
+    def finish_gradients(self) -> None:
+        """After backward: make each gradient that of the whole sequence's loss."""
 
-    def _sum_gradients(self) -> None:
-        """Each rank has the gradient of its part of the loss: the sum is that of the loss."""
-        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
-        summed = self._sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(
-            gradients, summed.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(part.view_as(gradient))
-
-    def _sum(self, x: Tensor) -> Tensor:
-        if self.group is not None:
-            dist.all_reduce(x)
-        return x
+    def whole_loss(self, loss: Tensor) -> Tensor:
+        """The mean over the whole sequence from this rank's part."""
+        return loss
 
     def weights_spread(self) -> float:
         """The largest difference between a weight here and on rank 0."""
-        if self.group is None:
+        if self.peers is None:
             return 0.0
         mine = torch.cat([weight.detach().flatten() for weight in self.weights])
         first = mine.clone()
         dist.broadcast(first, src=0)
         return (mine - first).abs().max().item()
+
+
+class RanksTraining(Training):
+    """The same over torch.distributed alone: each rank holds a share of every sequence."""
+
+    def __init__(self, rank: Rank, config: TrainConfig, corpus: Corpus, dtype: torch.dtype) -> None:
+        super().__init__(rank, config, corpus, dtype)
+        self.split = Split(config.op, config.tokens, rank.group)
+        self.peers = rank.group
+
+    def finish_gradients(self) -> None:
+        """Each rank has the gradient of its part of the loss: the sum is that of the loss."""
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        summed = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(summed)
+        for gradient, part in zip(
+            gradients, summed.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(part.view_as(gradient))
+
+    def whole_loss(self, loss: Tensor) -> Tensor:
+        """The sum of all ranks' parts."""
+        dist.all_reduce(loss)
+        return loss
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

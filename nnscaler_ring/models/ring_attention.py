@@ -65,11 +65,6 @@ class RingAttention(nn.Module):
         self.n_heads, self.causal, self.segment_size = n_heads, causal, segment_size
         self.dropout_p, self.exchange, self.process_group = dropout_p, exchange, process_group
         self.ring_size = check_ring_size("ring_size", ring_size, process_group)
-        if self.chunks > 1 and dropout_p:
-            raise ValueError(
-                f"dropout_p must be 0.0 where ring_size cuts the sequence on one device, got "
-                f"{dropout_p}; leave ring_size out, or pass a process_group."
-            )
         self.w_q = nn.Linear(d_model, d_model, bias=False)
         self.w_k = nn.Linear(d_model, d_model, bias=False)
         self.w_v = nn.Linear(d_model, d_model, bias=False)
@@ -93,15 +88,18 @@ class RingAttention(nn.Module):
         if self.segment_size is not None and x.shape[1] != self.segment_size * self.chunks:
             self._refuse_length(x.shape[1], self.segment_size)
         q, k, v = (to_heads(x, linear, self.n_heads) for linear in (self.w_q, self.w_k, self.w_v))
+        dropout_p = self.dropout_p if self.training else 0.0
         out: Any
         if self.chunks > 1:
-            out = local_ring_attention(q, k, v, chunks=self.chunks, causal=self.causal)
+            out = local_ring_attention(
+                q, k, v, chunks=self.chunks, causal=self.causal, dropout_p=dropout_p
+            )
         else:
             out = wrap_ring_attn_func(
                 q,
                 k,
                 v,
-                dropout_p=self.dropout_p if self.training else 0.0,
+                dropout_p=dropout_p,
                 causal=self.causal,
                 process_group=self.process_group,
                 shard_lens=shard_lens,

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks import harness, memory, rows, sent_bytes, speed, table
 from benchmarks.processes import Processes, Worker, WorkerError
 from benchmarks.work import OPS, Work, context_parallel, gather, held_tokens, layout_of, sdpa
-from nnscaler_ring.core.layout import PackedDocuments
+from nnscaler_ring.core.layout import PackedDocuments, SequenceLayout
 from nnscaler_ring.core.schedule import Mask, Schedule, row_count
 
 MIB = 2**20
@@ -123,12 +123,12 @@ def test_peak_rss_sees_memory_that_is_gone_again():
     ids=lambda work: work.mask,
 )
 def test_the_lower_bound_agrees_with_the_schedule(op: str, work: Work):
-    q_layout, k_layout = (layout_of(x, 24, 3) for x in (OPS[op].q_layout, OPS[op].layout))
+    layout: SequenceLayout = layout_of(OPS[op].compute_layout, 24, 3)
     if work.documents > 1:
         cu = tuple(work.cu_seqlens().tolist())
-        q_layout, k_layout = (PackedDocuments(x, cu, cu) for x in (q_layout, k_layout))
+        layout = PackedDocuments(layout, cu, cu)
     mask = Mask.from_window(work.causal, (-1 if work.window is None else work.window, -1))
-    schedule = Schedule(q_layout, k_layout, mask)
+    schedule = Schedule(layout, layout, mask)
     row_bytes = 2 * 64 * 4
     assert sent_bytes.needed_bytes(work, op, 3) == [
         [

@@ -77,6 +77,11 @@ class Case(NamedTuple):
     common: Change = given()
 
 
+def whole_bias(good: dict[str, Any]) -> torch.Tensor:
+    """A bias that fits the good arguments of a group."""
+    return torch.zeros(1, 1, TOKENS, TOKENS * len(good["ranks"]))
+
+
 REFUSED = {
     # Found in the public function.
     "window_size": Case(
@@ -84,7 +89,7 @@ REFUSED = {
     ),
     "layout": Case(ZIGZAG, given(layout="x"), "ValueError: layout must be 'contiguous' or"),
     "bias": Case(
-        VARLEN, given(bias=torch.zeros(1)), "NotImplementedError: bias is not implemented"
+        VARLEN, given(bias=torch.zeros(1)), r"ValueError: bias must be \[num_heads or 1, this"
     ),
     "dtype of k": Case(
         RING, changed(k=lambda x: x.float()), "ValueError: k must have q's dtype, torch.float64"
@@ -142,6 +147,28 @@ DIFFERENT = {
     "exchange": Case(RING, given(exchange="ring"), ("exchange", "direct", "ring")),
     "kernel": Case(RING, given(kernel="reference"), ("kernel", "auto", "reference")),
     "deterministic": Case(RING, given(deterministic=True), ("deterministic", "False", "True")),
+    "softcap": Case(RING, given(softcap=2.0), ("softcap", "0.0", "2.0")),
+    "dropout_p": Case(ZIGZAG, given(dropout_p=0.5), ("dropout_p", "0.0", "0.5")),
+    "dropout_seed": Case(
+        RING,
+        given(dropout_seed=1),
+        ("whether dropout_seed is given", "drawn", "given"),
+        common=given(dropout_p=0.5),
+    ),
+    "sinks": Case(
+        VARLEN, given(sinks=torch.zeros(4)), ("whether sinks are given", "False", "True")
+    ),
+    "alibi_slopes": Case(
+        RING,
+        given(alibi_slopes=torch.zeros(4)),
+        ("the shape of alibi_slopes", "None", r"\[4\]"),
+    ),
+    "bias_gradient": Case(
+        RING,
+        lambda good: {"bias": whole_bias(good).requires_grad_()},
+        ("whether bias requires a gradient", "False", "True"),
+        common=lambda good: {"bias": whole_bias(good)},
+    ),
     "layout": Case(ZIGZAG, given(layout="zigzag"), ("layout", "contiguous", "zigzag")),
     "tokens": Case(
         RING,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nnscaler_ring import (
+    DropoutSeed,
     wrap_ring_attn_func,
     wrap_ring_attn_varlen_func,
     wrap_zigzag_attn_func,
@@ -319,23 +320,89 @@ OPTIONS = {
     ),
 }
 
-NOT_YET = {
-    f"{name}={value}": Wrong(
-        ALL,
-        given(**{name: value}),
-        NotImplementedError,
-        f"{name} is not implemented yet; leave it at its default, {default}",
-    )
-    for name, value, default in (
-        ("dropout_p", 0.1, "0.0"),
-        ("dropout_p", torch.zeros(2), "0.0"),
-        ("dropout_seed", 0, None),
-        ("alibi_slopes", torch.zeros(4), None),
-        ("bias", torch.zeros(1), None),
-        ("softcap", 30.0, "0.0"),
-        ("softcap", None, "0.0"),
-        ("sinks", torch.zeros(4), None),
-    )
+
+def options(**cases: tuple[Any, type[Exception], str]) -> dict[str, Wrong]:
+    """Values of one argument, for every op: name_what=(value, error, message)."""
+    table = {}
+    for key, (value, error, message) in cases.items():
+        name, what = key.split("__")
+        table[f"{name} {what}"] = Wrong(ALL, given(**{name: value}), error, message)
+    return table
+
+
+SCORES = {
+    **options(
+        softcap__none=(None, TypeError, "softcap must be a float, got None"),
+        softcap__negative=(-1.0, ValueError, "softcap must be finite and >= 0, got -1.0"),
+        softcap__infinite=(float("inf"), ValueError, "softcap must be finite and >= 0, got inf"),
+        dropout_p__tensor=(torch.zeros(2), TypeError, "dropout_p must be a float, got tensor"),
+        dropout_p__one=(1.0, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+        dropout_p__negative=(-0.1, ValueError, r"dropout_p must be in \[0, 1\), got -0.1"),
+        dropout_p__nan=(float("nan"), ValueError, r"dropout_p must be in \[0, 1\), got nan"),
+        dropout_seed__alone=(3, ValueError, "dropout_seed must be None where dropout_p is 0.0"),
+        dropout_seed__text=("3", TypeError, "dropout_seed must be an int or None, got '3'"),
+        dropout_seed__wide=(1 << 63, ValueError, "dropout_seed must fit into 64 bits"),
+        dropout_seed__batch=(
+            DropoutSeed(None, first_batch=-1),
+            ValueError,
+            "dropout_seed.first_batch must be >= 0, got -1",
+        ),
+        dropout_seed__head=(
+            DropoutSeed(None, first_head=0.5),
+            TypeError,
+            "dropout_seed.first_head must be an int, got 0.5",
+        ),
+        alibi_slopes__list=([1.0], TypeError, "alibi_slopes must be a tensor or None, got list"),
+        alibi_slopes__ints=(
+            torch.ones(4, dtype=torch.int64),
+            ValueError,
+            "alibi_slopes must be of a floating dtype, got torch.int64",
+        ),
+        alibi_slopes__heads=(
+            torch.ones(2),
+            ValueError,
+            r"alibi_slopes must be \[4\].* one slope per query head.* got \[2\]",
+        ),
+        alibi_slopes__grad=(
+            torch.ones(4, requires_grad=True),
+            ValueError,
+            "alibi_slopes must not require a gradient, .*detach.*bias",
+        ),
+        alibi_slopes__device=(
+            torch.ones(4, device="meta"),
+            ValueError,
+            "alibi_slopes must be on q's device, cpu, got meta",
+        ),
+        sinks__heads=(torch.ones(2), ValueError, r"sinks must be \[num_heads\].* got \[2\]"),
+        sinks__rows=(torch.ones(4, 1), ValueError, r"sinks must be \[num_heads\].* got \[4, 1\]"),
+        sinks__bools=(torch.ones(4) > 0, ValueError, "sinks must be of a floating dtype"),
+        bias__scalar=(torch.ones(()), ValueError, r"bias must be \[.*all keys\], got shape \[\]"),
+        bias__array=([[0.0]], TypeError, "bias must be a tensor or None, got list"),
+    ),
+    "bias of other rows": Wrong(
+        DENSE,
+        given(bias=torch.zeros(2, 4, TOKENS + 1, TOKENS)),
+        ValueError,
+        r"bias must be .* for q \[2, 4, 4, 8\], got \[2, 4, 5, 4\]; its rows follow the layout",
+    ),
+    "bias of other heads": Wrong(
+        (VARLEN,),
+        given(bias=torch.zeros(2, TOKENS, TOKENS)),
+        ValueError,
+        r"bias must be .* for q \[4, 4, 8\], got \[2, 4, 4\]",
+    ),
+    "bias of other keys": Wrong(
+        DENSE,
+        given(bias=torch.zeros(1, 1, TOKENS, 3)),
+        ValueError,
+        "bias must have a column for each of the [48] keys of all ranks, got 3 columns",
+    ),
+    "slopes of a batch, packed": Wrong(
+        (VARLEN,),
+        given(alibi_slopes=torch.zeros(2, 4)),
+        ValueError,
+        r"alibi_slopes must be \[4\], one slope per query head, got \[2, 4\]",
+    ),
 }
 
 SHARD_LENS = {
@@ -424,7 +491,7 @@ TABLES = {
     "cu_seqlens": CU_SEQLENS,
     "masks": MASKS,
     "options": OPTIONS,
-    "not yet": NOT_YET,
+    "scores": SCORES,
     "shard_lens": SHARD_LENS,
 }
 

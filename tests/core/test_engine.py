@@ -11,7 +11,9 @@ from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import GradientStep, Keys
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
+from nnscaler_ring.core.online_softmax import accumulation_dtype
 from nnscaler_ring.core.row_sum import RowSum
+from nnscaler_ring.core.scores import Scores
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
 from tests.core.test_exchange import dense_results, engine_inputs
 from tests.core.test_schedule import Problem, dense_problem, random_problems
@@ -25,15 +27,17 @@ class InOneProcess:
 
     def __init__(self, problem: Problem, rank: int, ks: list[Tensor], vs: list[Tensor]) -> None:
         self.tiles = [problem.schedule.tiles(rank, (source,)) for source in problem.ranks]
+        self.rows = [((source, 0, k.shape[1]),) for source, k in enumerate(ks)]
         self.ks, self.vs = ks, vs
         self.sums = [(RowSum(k), RowSum(v)) for k, v in zip(ks, vs, strict=True)]
 
     def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        for keys in zip(self.ks, self.vs, self.tiles, strict=True):
+        for keys in zip(self.ks, self.vs, self.tiles, self.rows, strict=True):
             yield Keys(*keys)
 
     def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
-        for *keys, sums in zip(self.ks, self.vs, self.tiles, self.sums, strict=True):
+        steps = zip(self.ks, self.vs, self.tiles, self.rows, self.sums, strict=True)
+        for *keys, sums in steps:
             yield GradientStep(*keys, *sums)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
@@ -45,20 +49,26 @@ def shards_of(tokens: list[list[int]], x: Tensor, dim: int = 1) -> list[Tensor]:
 
 
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, kernel) -> list[list]:
-    """Per rank out, lse, dq; the sums of dk and dv of every rank's rows over all ranks."""
+    """Per rank out, lse, dq; the sums of dk and dv of every rank's rows over all ranks.
+
+    As over the direct exchange: gradients travel in the dtype of the input, and are summed wider.
+    """
     qs, douts = (shards_of(problem.q_tokens, x) for x in (q, dout))
     ks, vs = (shards_of(problem.k_tokens, x) for x in (k, v))
-    dks, dvs = ([torch.zeros_like(x) for x in shards] for shards in (ks, vs))
+    wide = accumulation_dtype(q.dtype)
+    dks, dvs = ([torch.zeros_like(x, dtype=wide) for x in shards] for shards in (ks, vs))
     outs, lses, dqs = [], [], []
     for rank in problem.ranks:
-        options = {"kernel": kernel, "softmax_scale": SCALE}
+        options = {"kernel": kernel, "scores": Scores(SCALE)}
         exchange = InOneProcess(problem, rank, ks, vs)
         mine = qs[rank], ks[rank], vs[rank]
         out, lse = attention_forward(*mine, exchange=exchange, **options)
-        dq, _, _ = attention_backward(douts[rank], *mine, out, lse, exchange=exchange, **options)
+        dq, *_ = attention_backward(
+            douts[rank], None, *mine, out, lse, exchange=exchange, **options
+        )
         for source, (dk, dv) in enumerate(exchange.sums):
-            dks[source] += dk.current()
-            dvs[source] += dv.current()
+            dks[source] += dk.current().to(q.dtype)
+            dvs[source] += dv.current().to(q.dtype)
         outs.append(out)
         lses.append(lse)
         dqs.append(dq)
@@ -84,8 +94,9 @@ def test_any_layout_mask_and_packing_equals_dense(kernel):
 class LocalNormaliser(Reference):
     """What a tile's backward must not do: take the out and lse of the tile alone."""
 
-    def backward(self, dout, q, k, v, out, softmax_lse, **options):
-        return super().backward(dout, q, k, v, *self.forward(q, k, v, **options), **options)
+    def backward(self, dout, q, k, v, out, softmax_lse, dlse, **options):
+        local = self.forward(q, k, v, **options)
+        return super().backward(dout, q, k, v, *local, dlse, **options)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
@@ -103,9 +114,9 @@ class Spy(Reference):
     def __init__(self) -> None:
         self.given: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def backward(self, dout, q, k, v, out, softmax_lse, **options):
+    def backward(self, dout, q, k, v, out, softmax_lse, dlse, **options):
         self.given.append((q, out, softmax_lse))
-        return super().backward(dout, q, k, v, out, softmax_lse, **options)
+        return super().backward(dout, q, k, v, out, softmax_lse, dlse, **options)
 
 
 def test_every_tile_is_given_the_merged_out_and_lse_of_its_rows():

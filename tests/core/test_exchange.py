@@ -13,10 +13,12 @@ from nnscaler_ring.core.exchange import EXCHANGES, DirectPlan, ExchangePlan
 from nnscaler_ring.core.groups import Traffic, find_place, group_state, group_string
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
+from nnscaler_ring.core.layout import LAYOUTS
 from nnscaler_ring.core.online_softmax import accumulation_dtype
+from nnscaler_ring.core.scores import Scores
 from nnscaler_ring.core.transport import Transport
 from tests.cases import EXCHANGES as EXCHANGE_NAMES
-from tests.cases import Case, all_cases, call, random_packings, sample
+from tests.cases import Case, all_cases, call, random_packings, rows_of, sample
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
 from tests.core.test_schedule import (
     Problem,
@@ -47,16 +49,9 @@ def problem_of(case: Case) -> Problem:
             case.causal,
             case.window_size,
         )
-    q_name = "contiguous" if case.op == "ring" else "zigzag"
-    k_name = "zigzag" if case.op == "zigzag in zigzag order" else "contiguous"
-    return dense_problem(q_name, k_name, case.shard_lens, case.causal, case.window_size)
-
-
-def held_tokens(case: Case, block: int) -> tuple[Tensor, Tensor]:
-    """The tokens of q and of k that the caller holds: k's rows never move, so q's are alike."""
-    keys = problem_of(case).k_tokens[block]
-    queries = problem_of(case).q_tokens[block] if case.op == "varlen" else keys
-    return torch.tensor(queries, dtype=torch.int64), torch.tensor(keys, dtype=torch.int64)
+    layout = "contiguous" if case.op == "ring" else "zigzag"
+    lens = LAYOUTS[layout].for_shards(case.shard_lens).shard_lens
+    return dense_problem(layout, layout, lens, case.causal, case.window_size)
 
 
 def measure(
@@ -67,7 +62,7 @@ def measure(
     readings = []
     for case, dtype in cases:
         q, k, v, dout = case.inputs(dtype)
-        rows, rows_k = held_tokens(case, block)
+        rows, rows_k = rows_of(case, block), rows_of(case, block, keys=True)
         dim = 0 if case.op == "varlen" else 1
         q, dout = (x.index_select(dim, rows) for x in (q, dout))
         k, v = (x.index_select(dim, rows_k) for x in (k, v))
@@ -252,7 +247,7 @@ def engine_inputs(seed: int, problem: Problem, batch: int, v_head_dim: int = 3) 
 
 def plan_of(name: str, problem: Problem, block: int, keys_per_message: int) -> ExchangePlan:
     if name == "direct":
-        return DirectPlan(problem.schedule, block, keys_per_message)
+        return DirectPlan(problem.schedule, block, 2 * keys_per_message, keys_per_message)
     return EXCHANGES[name](problem.schedule, block)
 
 
@@ -267,13 +262,13 @@ def run_plans(ranks: list[int], cases: list[tuple]) -> list[tuple]:
         k, v = (x[:, problem.k_tokens[place.block]] for x in (k, v))
         plan = plan_of(name, problem, place.block, keys_per_message)
         transport = Transport(place, counted, "test", seed)
-        options = {"kernel": KERNELS[kernel_name], "softmax_scale": 0.4}
+        options = {"kernel": KERNELS[kernel_name], "scores": Scores(0.4)}
         start = counted.copy()
         out, lse = attention_forward(q, k, v, exchange=plan.start(transport), **options)
         middle = counted.copy()
         grads = attention_backward(
-            dout, q, k, v, out, lse, exchange=plan.start(transport), **options
-        )
+            dout, None, q, k, v, out, lse, exchange=plan.start(transport), **options
+        )[:3]
         results.append(([out, lse, *grads], middle - start, counted.copy() - middle))
     return results
 
@@ -320,7 +315,7 @@ def test_small_messages_equal_dense(pool):
         for problem in problems
     ]
     rounds = [
-        len(DirectPlan(problem.schedule, 0, keys_per_message).rounds)
+        len(plan_of("direct", problem, 0, keys_per_message).backward_rounds)
         for problem, _, keys_per_message, *_ in cases
     ]
     assert sum(n > 3 for n in rounds) > 20, rounds  # more rounds than there are other ranks
@@ -371,7 +366,7 @@ def test_a_step_is_a_permutation_of_the_ranks():
     problem = dense_problem("zigzag", "zigzag", (8,) * 5, False, (-1, -1))
     plans = [DirectPlan(problem.schedule, rank) for rank in problem.ranks]
     for n in range(4):
-        rounds = [plan.rounds[n] for plan in plans]
+        rounds = [plan.backward_rounds[n] for plan in plans]
         assert sorted(x.target for x in rounds) == list(problem.ranks)
         assert sorted(x.incoming.source for x in rounds) == list(problem.ranks)
         for rank, mine in enumerate(rounds):

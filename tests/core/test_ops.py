@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.optests import aot_autograd_check
 
 from nnscaler_ring import wrap_ring_attn_func, wrap_ring_attn_varlen_func, wrap_zigzag_attn_func
 from nnscaler_ring.core.groups import group_string
 from nnscaler_ring.core.layout import LAYOUTS
-from nnscaler_ring.core.ops import Options
+from nnscaler_ring.core.ops import Extras, Options
 from nnscaler_ring.core.tile import UNBOUNDED
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
 from tests.oracle import make_dout, make_qkv
@@ -29,12 +28,17 @@ def options_of(group: str = "", **fields: Any) -> Options:
         "shard_lens": None,
         "shard_lens_k": None,
         "caller_layout": "contiguous",
-        "q_layout": "contiguous",
-        "k_layout": "contiguous",
+        "compute_layout": "contiguous",
         "compute_len": 8,
         "softmax_scale": 0.5,
         "left": UNBOUNDED,
         "right": 0,
+        "softcap": 0.0,
+        "bias_gradient": False,
+        "dropout_p": 0.0,
+        "same_seed": False,
+        "first_batch": 0,
+        "first_head": 0,
         "exchange": "direct",
         "kernel": "torch_cpu",
         "deterministic": False,
@@ -47,52 +51,58 @@ def qkv_of(packed: bool, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Te
     return make_qkv(1, None if packed else 2, 8, 8, 4, 2, 4, 6, dtype)
 
 
-def attention_arguments(packed: bool, group: str, ranks: int, **fields: Any) -> tuple:
+def attention_arguments(
+    packed: bool, group: str, ranks: int, *, options: bool = False, layout: str = "contiguous"
+) -> tuple:
+    """Arguments of the forward op; `options`: with every optional tensor and number."""
     q, k, v = qkv_of(packed)
     cu = torch.tensor([0, 3, 8 * ranks], dtype=torch.int32) if packed else None
-    return (*(x.requires_grad_() for x in (q, k, v)), cu, cu, *options_of(group, **fields))
+    extras, fields = Extras(cu, cu), {"compute_layout": layout}
+    if options:
+        heads = (4,) if packed else (1, 4)
+        extras = Extras(
+            cu,
+            cu,
+            alibi_slopes=torch.rand(4),
+            bias=torch.randn(*heads, 8, 8 * ranks, dtype=torch.float64).requires_grad_(),
+            sinks=torch.randn(4, dtype=torch.float64).requires_grad_(),
+            dropout_seed=torch.tensor(5),
+        )
+        fields |= {"softcap": 4.0, "bias_gradient": True, "dropout_p": 0.3, "same_seed": True}
+    inputs = (x.requires_grad_() for x in (q, k, v))
+    return (*inputs, *extras, *options_of(group, **fields))
 
 
 def backward_arguments(arguments: tuple) -> tuple:
-    q, k, v, cu_q, cu_k, *rest = arguments
+    q, k, v, *others = arguments
     with torch.no_grad():
-        out, lse, *moved = OPS.attention(*arguments)
-    dout = make_dout(1, q, v)
+        out, lse, _, *moved = OPS.attention(*arguments)
+    dout, dlse = make_dout(1, q, v), torch.ones_like(lse)
+    count = len(Extras._fields)
+    extras = Extras(*others[:count])
     if moved[0].numel():
-        q, out, lse = moved
-    q, k, v = (x.detach() for x in (q, k, v))
-    return (dout, q, k, v, out, lse, cu_q, cu_k, *rest)
-
-
-def opcheck_without_lse_gradient(arguments: tuple) -> dict[str, str]:
-    """opcheck, whose last test would ask for the gradient of every output, with out's alone.
-
-    The lse has no gradient yet; when it has one, plain opcheck will do.
-    """
-    rest = ("test_schema", "test_autograd_registration", "test_faketensor")
-    found = torch.library.opcheck(OPS.attention.default, arguments, test_utils=rest)
-    detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-    found |= torch.library.opcheck(
-        OPS.attention.default, detached, test_utils="test_aot_dispatch_dynamic"
-    )
-    aot_autograd_check(lambda *x: OPS.attention(*x)[0], arguments, {}, dynamic=True)
-    return found
+        q, k, v, out, lse, bias = moved
+        if extras.bias is not None:
+            extras = extras._replace(bias=bias)
+    tensors = (dout, dlse, q, k, v, out, lse, *extras)
+    return (*(x if x is None else x.detach() for x in tensors), *others[count:])
 
 
 def check_ops(ranks: list[int] | None) -> dict[str, dict[str, str]]:
-    """opcheck of every op, dense and packed, relayouting queries or not: test -> result."""
+    """opcheck of every op, dense and packed, moving rows or not, plain or not: test -> result."""
     group = "" if ranks is None else group_string(ranks)
     size = 1 if ranks is None else len(ranks)
     found = {}
-    for packed, q_layout in ((False, "contiguous"), (True, "contiguous"), (False, "zigzag")):
-        if ranks is None and q_layout == "zigzag":
+    for packed, layout in ((False, "contiguous"), (True, "contiguous"), (False, "zigzag")):
+        if ranks is None and layout == "zigzag":
             continue
-        arguments = attention_arguments(packed, group, size, q_layout=q_layout)
-        name = f"{'packed' if packed else 'dense'} {q_layout}"
-        found[f"attention {name}"] = opcheck_without_lse_gradient(arguments)
-        found[f"backward {name}"] = torch.library.opcheck(
-            OPS.attention_backward.default, backward_arguments(arguments)
-        )
+        for options in (False, True):
+            arguments = attention_arguments(packed, group, size, options=options, layout=layout)
+            name = f"{'packed' if packed else 'dense'} {layout} {'options' if options else 'plain'}"
+            found[f"attention {name}"] = torch.library.opcheck(OPS.attention.default, arguments)
+            found[f"backward {name}"] = torch.library.opcheck(
+                OPS.attention_backward.default, backward_arguments(arguments)
+            )
     if ranks is not None:
         x = torch.randn(8, 3, requires_grad=True)
         way = (0, "test", group, None, "contiguous", "zigzag", 8)
@@ -111,7 +121,7 @@ def test_opcheck_on_one_device():
 
 def test_opcheck_on_two_ranks(pool):
     for found in pool.run(2, check_ops, timeout=200):
-        assert len(found) == 7
+        assert len(found) == 13
         assert_all_passed(found)
 
 
@@ -131,28 +141,33 @@ def test_fakes_describe_the_results_without_a_group(packed, dtype):
     for heads_first in (False, True):
         if heads_first:
             q, k, v = (x.transpose(-3, -2).contiguous().transpose(-3, -2) for x in (q, k, v))
-        real = OPS.attention(q, k, v, cu, cu, *options_of())
+        arguments = (*Extras(cu, cu), *options_of())
+        real = OPS.attention(q, k, v, *arguments)
         dout = make_dout(1, q, v)
-        real_grads = OPS.attention_backward(dout, q, k, v, real[0], real[1], cu, cu, *options_of())
+        real_grads = OPS.attention_backward(dout, None, q, k, v, real[0], real[1], *arguments)
         with FakeTensorMode() as mode:
             fq, fk, fv, fdout = (mode.from_tensor(x) for x in (q, k, v, dout))
             fcu = None if cu is None else mode.from_tensor(cu)
             elsewhere = options_of("a group that this process does not have")
-            fake = OPS.attention(fq, fk, fv, fcu, fcu, *elsewhere)
+            arguments = (*Extras(fcu, fcu), *elsewhere)
+            fake = OPS.attention(fq, fk, fv, *arguments)
             fake_grads = OPS.attention_backward(
-                fdout, fq, fk, fv, fake[0], fake[1], fcu, fcu, *elsewhere
+                fdout, None, fq, fk, fv, fake[0], fake[1], *arguments
             )
         for one, other in zip((*fake, *fake_grads), (*real, *real_grads), strict=True):
             assert description(one) == description(other)
 
 
-def test_fakes_of_moved_queries_have_the_rows_that_are_computed():
+def test_fakes_of_moved_rows_are_as_many_as_are_computed():
     with FakeTensorMode():
         q, k = torch.empty(2, 8, 4, 4), torch.empty(2, 8, 2, 4)
         v = torch.empty(2, 8, 2, 6, dtype=torch.float32)
-        options = options_of("elsewhere", q_layout="zigzag", compute_len=5)
-        shapes = [x.shape for x in OPS.attention(q, k, v, None, None, *options)]
-    assert shapes == [(2, 8, 4, 6), (2, 4, 8), (2, 5, 4, 4), (2, 5, 4, 6), (2, 4, 5)]
+        options = options_of("elsewhere", compute_layout="zigzag", compute_len=5)
+        extras = Extras(bias=torch.empty(1, 4, 8, 14))
+        shapes = [tuple(x.shape) for x in OPS.attention(q, k, v, *extras, *options)]
+    out, lse, seed = (2, 8, 4, 6), (2, 4, 8), (0,)
+    q_, k_, v_, out_, lse_ = (2, 5, 4, 4), (2, 5, 2, 4), (2, 5, 2, 6), (2, 5, 4, 6), (2, 4, 5)
+    assert shapes == [out, lse, seed, q_, k_, v_, out_, lse_, (1, 4, 5, 14)]
 
 
 def test_fake_of_a_relayout_has_the_new_rows():
@@ -179,17 +194,11 @@ NAMES = ("ring", "zigzag", "varlen")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_gradient_through_the_lse_is_refused(name):
-    q, k, v = qkv_of(name == "varlen")
-    q.requires_grad_()
-    out, lse = public_call(name, q, k, v, return_lse=True)
-    assert lse.requires_grad
-    with pytest.raises(NotImplementedError, match=r"gradients through softmax_lse .* detach"):
-        (out.sum() + lse.sum()).backward()
-    with pytest.raises(NotImplementedError, match="gradients through softmax_lse"):
-        public_call(name, q, k, v, return_lse=True)[1].sum().backward()
-    public_call(name, q, k, v, return_lse=True)[0].sum().backward()
-    assert q.grad is not None
+def test_a_loss_of_the_lse_alone(name):
+    q, k, v = (x.requires_grad_() for x in qkv_of(name == "varlen"))
+    _, lse = public_call(name, q, k, v, return_lse=True)
+    (dq, dv) = torch.autograd.grad(lse.sum(), (q, v))
+    assert dq.abs().sum() > 0 and torch.equal(dv, torch.zeros_like(v))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -75,7 +75,7 @@ def move_cases(ranks, cases):
             x = x.transpose(0, -1).contiguous().transpose(0, -1)
         before = nnscaler_ring.traffic(ranks)
         transport = Transport(place, group_state(group).traffic, "test", number)
-        moved = move_rows(x, dim, plan_moves(*layouts, place.block), transport)
+        (moved,) = move_rows([(x, dim)], plan_moves(*layouts, place.block), transport)
         sent = nnscaler_ring.traffic(ranks) - before
         results.append((moved, moved.is_contiguous(), sent.relayout_bytes, sent.total_bytes))
     return results

@@ -1,21 +1,25 @@
 """The demonstration as a whole: its figure, its numbers and its sentence."""
 
+import importlib.util
 import json
 import math
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from nnscaler_ring.commands import commands
 from nnscaler_ring.commands import demo as demo_command
 from nnscaler_ring.core.groups import Traffic
 from nnscaler_ring.demo.memory import PeakMemory
-from nnscaler_ring.demo.report import sentence
+from nnscaler_ring.demo.nnscaler_train import NnScalerTraining
+from nnscaler_ring.demo.report import sentence, summary
 from nnscaler_ring.demo.run import DemoConfig, DemoResult, run_demo
 from nnscaler_ring.demo.text import Corpus
-from nnscaler_ring.demo.train import Step, TrainResult
+from nnscaler_ring.demo.train import RanksTraining, Step, TrainResult
 
 
 def steps(*losses: float) -> list[Step]:
@@ -95,3 +99,45 @@ def test_demo_writes_a_figure_and_numbers(monkeypatch, tmp_path):
     assert "examples/energy_forecasting" in done.output
     for stage in ("one device", "2 ranks", "memory of attention, N = 1"):
         assert stage in done.output
+
+
+def no_nnscaler(name):
+    return None if name == "nnscaler" else find_spec(name)
+
+
+@pytest.mark.parametrize(
+    ("args", "has_nnscaler", "has_cuda", "message"),
+    [
+        ((), False, False, "needs nnScaler, which is not installed and not on PyPI: pip install"),
+        (("--ranks", "3"), True, False, "got 2048 tokens and 3 ranks: its shards are all equal; "),
+        (("--ranks", "3", "--tokens", "100"), True, False, "use 99 tokens, or engine torch"),
+        ((), True, True, "device must be cuda with engine nnscaler where CUDA is available"),
+    ],
+)
+def test_what_nnscaler_cannot_show_is_refused(
+    monkeypatch, tmp_path, args, has_nnscaler, has_cuda, message
+):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", (lambda name: True) if has_nnscaler else no_nnscaler
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    done = run("--engine", "nnscaler", "--out", str(tmp_path / "demo"), *args)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+    assert not (tmp_path / "demo").exists()
+
+
+def test_other_lengths_are_refused_by_nnscaler_alone(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    RanksTraining.check(3, "cpu", 2048)
+    with pytest.raises(ValueError, match="use 3 tokens, or engine torch"):
+        NnScalerTraining.check(3, "cpu", 2)
+
+
+def test_the_engine_is_named():
+    assert DemoConfig(ranks=3).ranks_name == "3 ranks"
+    assert DemoConfig(ranks=1).ranks_name == "1 rank"
+    nnscaler = DemoConfig("nnscaler")
+    assert "and 2 ranks under nnScaler did the same training" in sentence(nnscaler, RESULT)
+    assert summary(nnscaler, RESULT, "")["config"]["engine"] == "nnscaler"

@@ -1,9 +1,17 @@
 """The demonstration's model knows nothing of where its tokens are."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from nnscaler_ring.demo.model import Decoder, ModelConfig, rope_rotation, rotate
+from nnscaler_ring.demo.model import (
+    Decoder,
+    ModelConfig,
+    RMSNorm,
+    rope_frequencies,
+    rope_rotation,
+    rotate,
+)
 
 TINY = ModelConfig(width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, hidden=16)
 
@@ -11,36 +19,62 @@ TINY = ModelConfig(width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim
 def causal_by_position(positions):
     """Dense attention to the tokens that stand earlier, in whatever order they are held."""
 
-    def attention(q, k, v):
+    def attention(q, k, v, cu_seqlens):
         mask = positions.unsqueeze(1) >= positions
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(
-            0, 1
-        )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return out.transpose(1, 2)
 
     return attention
 
 
-def test_tokens_may_be_held_in_any_order():
+def model_for(positions):
     torch.manual_seed(0)
-    model = Decoder(TINY).double()
+    model = Decoder(TINY, causal_by_position(positions)).double()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.5)
-    inputs, positions, order = torch.randint(256, (12,)), torch.arange(12), torch.randperm(12)
-    logits = model(inputs, positions, causal_by_position(positions))
-    shuffled = model(inputs[order], positions[order], causal_by_position(positions[order]))
-    torch.testing.assert_close(shuffled, logits[order], rtol=0, atol=1e-11)
-    local = model(inputs[order], positions, causal_by_position(positions[order]))
-    assert (local - logits[order]).abs().max() > 1e-3  # RoPE matters
+    return model
+
+
+def test_tokens_may_be_held_in_any_order():
+    torch.manual_seed(1)
+    inputs, positions = torch.randint(256, (2, 12)), torch.arange(12)
+    order = torch.randperm(12)
+    logits = model_for(positions).logits(inputs, positions.expand(2, 12))
+    model = model_for(positions[order])
+    shuffled = model.logits(inputs[:, order], positions[order].expand(2, 12))
+    torch.testing.assert_close(shuffled, logits[:, order], rtol=0, atol=1e-11)
+    local = model.logits(inputs[:, order], positions.expand(2, 12))
+    assert (local - logits[:, order]).abs().max() > 1e-3  # RoPE matters
+
+
+def test_the_loss_is_summed_over_all_tokens():
+    inputs, targets = torch.randint(256, (2, 2, 12)).unbind(0)
+    positions = torch.arange(12)
+    model = model_for(positions)
+    logits = model.logits(inputs, positions.expand(2, 12))
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    loss = model(inputs, positions.expand(2, 12), targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_norm():
+    torch.manual_seed(0)
+    norm, x = RMSNorm(16).double(), torch.randn(2, 3, 16, dtype=torch.float64)
+    torch.nn.init.normal_(norm.weight)
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (16,), norm.weight, eps=1e-6))
 
 
 def test_rope_scores_depend_on_distance_alone():
     torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, TINY.head_dim, dtype=torch.float64)
+    q, k = torch.randn(2, 1, 1, 1, TINY.head_dim, dtype=torch.float64)
+    frequencies = rope_frequencies(TINY)
+
+    def turned(x, position):
+        return rotate(x, rope_rotation(torch.tensor([[position]]), frequencies, torch.float64))
 
     def score(i, j):
-        turns = rope_rotation(torch.tensor([i, j]), TINY, torch.float64)
-        return (rotate(q, turns[:, :1]) * rotate(k, turns[:, 1:])).sum()
+        return (turned(q, i) * turned(k, j)).sum()
 
     torch.testing.assert_close(score(7, 3), score(100_007, 100_003), rtol=0, atol=1e-9)
     assert (score(7, 3) - score(7, 4)).abs() > 1e-3

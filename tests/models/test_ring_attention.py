@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnscaler_ring.models import RingAttention
+from nnscaler_ring.models import RingAttention, sum_gradients
 from tests.models.sharded import assert_ranks_equal_one_device, contiguous_rows, make, run
 from tests.ranks import RankFailure
 from tests.tolerances import assert_close_float64
@@ -71,6 +71,37 @@ def test_weights_of_a_row_sum_to_one(ring_size):
     torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=1e-12)
 
 
+def dropped(ranks, ring_size, lens):
+    """Result and weight gradients with dropout of probabilities, from the same seed everywhere."""
+    model = make(partial(build, ring_size, dropout_p=0.4), ranks).train()
+    x, dout = inputs(sum(lens))
+    block = 0 if ranks is None else ranks.index(torch.distributed.get_rank())
+    rows = contiguous_rows(lens)[block] if ranks else list(range(sum(lens)))
+    torch.manual_seed(5)
+    out = model(x[:, rows], None if ranks is None else lens)
+    (out * dout[:, rows]).sum().backward()
+    sum_gradients(model, ranks)
+    return out.detach(), model.w_q.weight.grad, model.w_v.weight.grad
+
+
+def test_dropout_is_the_same_in_chunks_and_on_ranks(pool):
+    lens = [5, 3, 6]
+    one = dropped(None, None, lens)
+    for name, found, expected in zip(
+        ("out", "w_q", "w_v"), dropped(None, 4, lens), one, strict=True
+    ):
+        assert_close_float64(found, expected, f"{name} in chunks")
+    results = pool.run(3, dropped, None, lens)
+    assert_close_float64(torch.cat([out for out, _, _ in results], dim=1), one[0], "out on ranks")
+    for _, w_q, w_v in results:
+        assert_close_float64(w_q, one[1], "w_q on ranks")
+        assert_close_float64(w_v, one[2], "w_v on ranks")
+    x, _ = inputs(14)
+    kept = make(partial(build, dropout_p=0.4), None)
+    assert (kept(x) - one[0]).abs().max() > 1e-3  # not in evaluation
+    assert torch.equal(kept(x), make(build, None)(x))
+
+
 def test_the_future_is_not_seen():
     x, _ = inputs(14)
     model = make(partial(build, 3), None)
@@ -133,7 +164,6 @@ def test_ring_size_is_the_size_of_the_group(pool):
         ({"ring_size": 0}, "ring_size must be an int of at least 1 or None, got 0"),
         ({"ring_size": 2.0}, "ring_size must be an int of at least 1 or None, got 2.0"),
         ({"segment_size": 0}, "segment_size must be at least 1 or None, got 0"),
-        ({"ring_size": 2, "dropout_p": 0.1}, "dropout_p must be 0.0 where ring_size cuts"),
     ],
 )
 def test_wrong_arguments(arguments, message):

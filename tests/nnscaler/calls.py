@@ -4,7 +4,7 @@ import itertools
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,14 @@ from torch import Tensor
 from tests.nnscaler.models import OneCall
 from tests.nnscaler.plans import DENSE_DIMS, PACKED_DIMS, PLANS, Plan, split
 from tests.nnscaler.runtime import nnscaler_ranks, parallelize
-from tests.oracle import dense_gradients, make_dout, make_qkv, random_cu_seqlens
+from tests.oracle import (
+    Mods,
+    dense_attention,
+    dropout_factors,
+    make_dout,
+    make_qkv,
+    random_cu_seqlens,
+)
 from tests.ranks import RankPool
 from tests.tolerances import assert_close_float64
 
@@ -26,12 +33,14 @@ MASKS: tuple[dict[str, Any], ...] = (
 )
 HEADS = ((4, 4), (4, 2), (4, 1), (8, 4))
 EXCHANGES = ("direct", "ring", "all_gather")
+OPTIONS = {"softcap": 2.0, "dropout_p": 0.3, "dropout_seed": 5}
+BATCH = 4
 TOKENS = 24  # 4 blocks of 6: zigzag chunks of 3, and windows that end inside a block
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op under one plan."""
+    """One call of an op under one plan; `everything`: with all options."""
 
     op: str
     plan: Plan
@@ -40,23 +49,47 @@ class Case:
     exchange: str
     return_lse: bool
     seed: int
+    everything: bool = False
 
     def __str__(self) -> str:
         return f"{self.op}, {self.plan.name}, {MASKS[self.mask]}, heads {self.heads}"
 
     def options(self) -> dict[str, Any]:
         """What the model passes beside tensors."""
-        return {**MASKS[self.mask], "exchange": self.exchange, "return_lse": self.return_lse}
+        usual = {"exchange": self.exchange, "return_lse": self.return_lse, **MASKS[self.mask]}
+        return {**usual, **(OPTIONS if self.everything else {})}
 
     def inputs(self) -> dict[str, Tensor]:
         """q, k, v, and cu_q, cu_k of packed ones; v has its own head dim."""
-        batch = None if self.op == "varlen" else 4
+        batch = None if self.op == "varlen" else BATCH
         q, k, v = make_qkv(self.seed, batch, TOKENS, TOKENS, *self.heads, 4, 6)
-        if self.op != "varlen":
-            return {"q": q, "k": k, "v": v}
-        rng = random.Random(self.seed)
-        cu_q, cu_k = (random_cu_seqlens(rng, TOKENS, 5) for _ in range(2))
-        return {"q": q, "k": k, "v": v, "cu_q": cu_q, "cu_k": cu_k}
+        inputs = {"q": q, "k": k, "v": v}
+        if self.op == "varlen":
+            rng = random.Random(self.seed)
+            cu_q, cu_k = (random_cu_seqlens(rng, TOKENS, 5) for _ in range(2))
+            inputs |= {"cu_q": cu_q, "cu_k": cu_k}
+        if self.everything:
+            inputs |= self._optional_tensors()
+        return inputs
+
+    def _optional_tensors(self) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        heads = self.heads[0]
+        # Whole, or with a dimension of 1 that every part of the plan holds.
+        lead = [(BATCH, heads), (1, heads), (BATCH, 1), (1, 1)][self.seed % 4]
+        if len(self.plan.steps) > 1:
+            lead = (BATCH, heads)
+        lead = lead[1:] if self.op == "varlen" else lead
+        per_row = self.op != "varlen" and self.seed % 2 == 0
+        shapes = {
+            "slopes": (BATCH, heads) if per_row else (heads,),
+            "bias": (*lead, TOKENS, TOKENS),
+            "sinks": (heads,),
+        }
+        return {
+            name: torch.randn(shape, generator=generator, dtype=torch.float64)
+            for name, shape in shapes.items()
+        }
 
 
 def all_cases(world_size: int) -> Iterator[Case]:
@@ -80,6 +113,19 @@ def sample(world_size: int, seed: int) -> list[Case]:
     return [rng.choice(cell) for cell in cells.values()]
 
 
+def sample_of_everything(world_size: int, seed: int) -> list[Case]:
+    """For every op and plan one case with all options."""
+    cells: dict[tuple[str, Plan], Case] = {}
+    cases = list(all_cases(world_size))
+    random.Random(seed).shuffle(cases)
+    for case in cases:
+        kinds = [kind for kind, _ in case.plan.steps]
+        if "heads" in kinds[1:]:
+            continue  # refused, as nnScaler would mix up the gradient of sinks
+        cells.setdefault((case.op, case.plan), replace(case, everything=True))
+    return list(cells.values())
+
+
 def check(pool: RankPool, cases: Sequence[Case], timeout: float = 200) -> None:
     """Run the cases and compare outputs, gradients and generated groups."""
     results = pool.run(cases[0].plan.world_size, run_cases, list(cases), timeout=timeout)
@@ -100,7 +146,8 @@ def run_cases(ranks: list[int], cases: list[Case]) -> list[tuple[dict[str, Tenso
 def run_case(case: Case) -> tuple[dict[str, Tensor], Any]:
     """One case on this rank."""
     inputs = case.inputs()
-    for name in ("q", "k", "v"):
+    wanted = [name for name in ("q", "k", "v", "bias", "sinks") if name in inputs]
+    for name in wanted:
         inputs[name].requires_grad_()
     dims = PACKED_DIMS if case.op == "varlen" else DENSE_DIMS
 
@@ -117,8 +164,9 @@ def run_case(case: Case) -> tuple[dict[str, Tensor], Any]:
         out = parallel(**inputs)
         out, lse = out if case.return_lse else (out, None)
         dout = make_dout(case.seed, inputs["q"], inputs["v"])
-        gradients = torch.autograd.grad(out, [inputs[name] for name in ("q", "k", "v")], dout)
-    found = dict(zip(("dq", "dk", "dv"), gradients, strict=True), out=out.detach())
+        gradients = torch.autograd.grad(out, [inputs[name] for name in wanted], dout)
+    found = {f"d{name}": grad for name, grad in zip(wanted, gradients, strict=True)}
+    found["out"] = out.detach()
     if lse is not None:
         found["lse"] = lse.detach()
     return found, process_group_in(code)
@@ -132,14 +180,30 @@ def process_group_in(code: str) -> tuple[int, ...] | None:
 
 def _expected(case: Case) -> dict[str, Tensor]:
     inputs = case.inputs()
-    q, k, v = (inputs[name] for name in ("q", "k", "v"))
-    out, lse, dq, dk, dv = dense_gradients(
+    wanted = [name for name in ("q", "k", "v", "bias", "sinks") if name in inputs]
+    for name in wanted:
+        inputs[name].requires_grad_()
+    q, k, v, bias = (inputs.get(name) for name in ("q", "k", "v", "bias"))
+    mods = Mods()
+    if case.everything:
+        batch = 1 if case.op == "varlen" else BATCH
+        mods = Mods(
+            OPTIONS["softcap"],
+            inputs["slopes"],
+            bias[None] if case.op == "varlen" else bias,
+            inputs["sinks"],
+            dropout_factors(0.3, 5, batch, case.heads[0], TOKENS, TOKENS),
+        )
+    out, lse = dense_attention(
         q,
         k,
         v,
-        make_dout(case.seed, q, v),
         cu_seqlens_q=inputs.get("cu_q"),
         cu_seqlens_k=inputs.get("cu_k"),
+        mods=mods,
         **MASKS[case.mask],
     )
-    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    dout = make_dout(case.seed, q, v)
+    gradients = torch.autograd.grad(out, [inputs[name] for name in wanted], dout)
+    found = {f"d{name}": grad for name, grad in zip(wanted, gradients, strict=True)}
+    return {"out": out.detach(), "lse": lse.detach(), **found}

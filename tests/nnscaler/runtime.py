@@ -13,20 +13,13 @@ import torch.distributed as dist
 
 import nnscaler_ring  # noqa: F401 (registers the ops when nnscaler is imported)
 from nnscaler_ring.cpu_runtime import nnscaler_on_cpu
+from nnscaler_ring.launch import torchrun_environment
 
 
 @contextmanager
 def nnscaler_ranks() -> Iterator[Any]:
     """nnScaler on this rank of a gloo world, as under torchrun."""
-    rank, world_size = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ.update(
-        TORCHELASTIC_RUN_ID="tests",
-        RANK=rank,
-        LOCAL_RANK=rank,
-        GROUP_RANK="0",
-        WORLD_SIZE=world_size,
-        LOCAL_WORLD_SIZE=world_size,
-    )
+    os.environ.update(torchrun_environment(dist.get_rank(), dist.get_world_size()))
     with nnscaler_on_cpu():
         import nnscaler
 

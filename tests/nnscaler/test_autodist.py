@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.nnscaler.models import Config, OneCall, Transformer
+from tests.nnscaler.models import CONFIG, TOKENS, OneCall, arguments, transformer
 from tests.nnscaler.plans import DENSE_DIMS, PACKED_DIMS
 from tests.nnscaler.runtime import nnscaler_ranks, parallelize
 from tests.oracle import make_qkv
@@ -23,15 +23,15 @@ PIN = """
 
 def plan_by_autodist(ranks: list[int], constraints: str) -> tuple[float, float, str]:
     torch.manual_seed(0)
-    model = Transformer()
-    ids = torch.randint(0, Config.vocabulary, (2, Config.tokens))
+    model = transformer()
+    ids = torch.randint(0, CONFIG.num_bytes, (2, TOKENS))
     file = Path(tempfile.mkdtemp()) / "constraints.yaml"
     file.write_text(constraints)
     with nnscaler_ranks() as nnscaler:
         parallel, code = parallelize(
             nnscaler,
             model,
-            {"ids": ids, "labels": ids},
+            arguments(ids, ids),
             "autodist",
             len(ranks),
             pas_config={
@@ -41,7 +41,8 @@ def plan_by_autodist(ranks: list[int], constraints: str) -> tuple[float, float, 
                 "profile_dir": tempfile.mkdtemp(),
             },
         )
-        return parallel(ids, ids).item(), model(ids, ids).item(), code
+        inputs = arguments(ids, ids)
+        return parallel(**inputs).item(), model(**inputs).item(), code
 
 
 @pytest.mark.full
@@ -49,7 +50,7 @@ def test_constraint_file_pins_the_sequence(two_ranks: RankPool) -> None:
     for loss, expected, code in two_ranks.run(2, plan_by_autodist, PIN, timeout=200):
         assert loss == pytest.approx(expected, rel=1e-5)
         groups = re.findall(r"process_group=(.*)\)$", code, re.MULTILINE)
-        assert groups == ["(0, 1)"] * Config.layers
+        assert groups == ["(0, 1)"] * CONFIG.num_layers
 
 
 def sampled(ranks: list[int], op: str, dim: str) -> list[tuple[list, float]]:

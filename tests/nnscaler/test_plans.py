@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.nnscaler.calls import OPS, all_cases, check, sample
+from tests.nnscaler.calls import OPS, all_cases, check, sample, sample_of_everything
 from tests.ranks import RankPool
 
 
@@ -14,6 +14,15 @@ def test_two_ranks(two_ranks: RankPool, op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_four_ranks(four_ranks: RankPool, op: str) -> None:
     check(four_ranks, [case for case in sample(4, seed=2) if case.op == op])
+
+
+def test_all_options_on_two_ranks(two_ranks: RankPool) -> None:
+    check(two_ranks, sample_of_everything(2, seed=3))
+
+
+def test_all_options_on_four_ranks(four_ranks: RankPool) -> None:
+    plans = [c for c in sample_of_everything(4, seed=4) if len(c.plan.steps) > 1]
+    check(four_ranks, plans[::2])
 
 
 @pytest.mark.full

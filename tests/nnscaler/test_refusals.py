@@ -14,8 +14,9 @@ from tests.nnscaler.runtime import nnscaler_ranks, parallelize
 from tests.oracle import make_qkv
 from tests.ranks import RankPool
 
-SEQUENCE, HEADS_BY_SEQUENCE = (
-    next(plan for plan in PLANS if plan.name == name) for name in ("sequence", "heads x sequence")
+SEQUENCE, HEADS_BY_SEQUENCE, SEQUENCE_BY_HEADS = (
+    next(plan for plan in PLANS if plan.name == name)
+    for name in ("sequence", "heads x sequence", "sequence x heads, strided")
 )
 
 
@@ -77,9 +78,10 @@ def check(
     [
         ("process_group", "ValueError: wrap_ring_attn_func: process_group must be None under"),
         ("shard_lens", "ValueError: wrap_ring_attn_func: shard_lens must be None under nnScaler"),
-        ("alibi_slopes by position", "alibi_slopes must be None under nnScaler, got a tensor"),
-        ("sinks by keyword", "sinks must be None under nnScaler, got a tensor"),
-        ("bias in a packed call", "bias must be None under nnScaler, got a tensor"),
+        ("alibi_slopes by position", "ValueError: alibi_slopes must be [4]"),
+        ("softcap as a tensor", "softcap must not be a tensor under nnScaler"),
+        ("bias in a packed call", "ValueError: bias must be [num_heads or 1, this rank"),
+        ("seed of a part", "dropout_seed must be an int or None under nnScaler"),
         ("window", "ValueError: window_size entries must be -1 or >= 0"),
         ("packed totals", "k must have q's tokens, [24], got [20]"),
         ("zigzag order", "layout must be 'contiguous' where nnScaler partitions the sequence"),
@@ -97,8 +99,17 @@ def test_one_kv_head_by_heads_first(four_ranks: RankPool) -> None:
     check(
         four_ranks,
         partial(by_hand, plan=HEADS_BY_SEQUENCE),
-        "partition the sequence or the batch first and the heads last",
+        "partition along the dimensions that k has first, and along the others last",
         heads=(4, 1),
+    )
+
+
+def test_sinks_by_sequence_first(four_ranks: RankPool) -> None:
+    check(
+        four_ranks,
+        partial(by_hand, plan=SEQUENCE_BY_HEADS),
+        "partition along the dimensions that sinks has first, and along the others last",
+        mistake="sinks",
     )
 
 

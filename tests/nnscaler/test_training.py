@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 
-from tests.nnscaler.models import Config
+from tests.nnscaler.models import CONFIG, TOKENS
 from tests.nnscaler.training import BATCH, Record, Training, train, train_on_one_device
 from tests.ranks import RankPool
 
@@ -30,7 +30,7 @@ TRAININGS = {
         Training("sequence and batch", plan_ngpus=4, op="zigzag", max_norm=10.0),
     ),
 }
-LINEARS = 7 * Config.layers + 1
+LINEARS = 7 * CONFIG.num_layers + 1
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -75,8 +75,8 @@ def test_trains_like_one_device(two_ranks: RankPool, four_ranks: RankPool, name:
 def check_shares(record: Record, world_size: int, steps: int) -> None:
     """Each linear saw tokens / N, and no activation was gathered: nothing is replicated."""
     ((batch, tokens),) = record.linear_tokens
-    assert batch * tokens == BATCH * Config.tokens // world_size
+    assert batch * tokens == BATCH * TOKENS // world_size
     assert record.linears == LINEARS * steps
     assert "gather" not in record.code.split("def reducer")[0].split("def segment")[1]
     groups = re.findall(r"process_group=(.*)\)$", record.code, re.MULTILINE)
-    assert len(groups) == Config.layers and len(set(groups)) == 1 and "None" not in groups
+    assert len(groups) == CONFIG.num_layers and len(set(groups)) == 1 and "None" not in groups

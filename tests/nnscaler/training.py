@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nnscaler_ring import policies
-from tests.nnscaler.models import Config, Transformer
+from nnscaler_ring.demo.model import Decoder
+from tests.nnscaler.models import CONFIG, TOKENS, arguments, transformer
 from tests.nnscaler.runtime import nnscaler_ranks, parallelize
 
 POLICIES: dict[str, Callable[..., Any]] = {
@@ -53,15 +54,15 @@ class Record:
     code: str = ""
 
 
-def make_model(training: Training) -> Transformer:
+def make_model(training: Training) -> Decoder:
     torch.manual_seed(1)
-    return Transformer(training.op).to(training.dtype)
+    return transformer(training.op).to(training.dtype)
 
 
 def batch_of(step: int) -> tuple[Tensor, Tensor]:
     """Token ids and labels of a step, the same on every rank."""
     generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, Config.vocabulary, (BATCH, Config.tokens + 1), generator=generator)
+    ids = torch.randint(0, CONFIG.num_bytes, (BATCH, TOKENS + 1), generator=generator)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
@@ -72,7 +73,7 @@ def train_on_one_device(training: Training) -> Record:
     model, record = make_model(training), Record()
     optimizer = ADAMW(model.parameters())
     for step in range(training.steps):
-        loss = model(*batch_of(step))
+        loss = model(**arguments(*batch_of(step)))
         loss.backward()
         record.losses.append(loss.item())
         if not step:
@@ -99,7 +100,7 @@ def train(ranks: list[int], training: Training) -> Record:
             model, code = parallelize(
                 nnscaler,
                 make_model(training),
-                {"ids": ids, "labels": labels},
+                arguments(ids, labels),
                 POLICIES[training.policy],
                 training.plan_ngpus,
                 use_zero=training.use_zero,
@@ -117,7 +118,7 @@ def train(ranks: list[int], training: Training) -> Record:
                 module_state, optimizer_state = nnscaler.merge_state_dicts(*states)
                 nnscaler.load_merged_state_dict(model, module_state, optimizer, optimizer_state)
             with watched_linears(record):
-                loss = model(*(x[rows] for x in batch_of(step)))
+                loss = model(**arguments(*(x[rows] for x in batch_of(step))))
             loss.backward()
             total = loss.detach().clone()
             dist.all_reduce(total)

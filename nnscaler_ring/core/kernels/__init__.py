@@ -10,12 +10,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.scores import ScoreMods
 from nnscaler_ring.core.tile import Tile
+
+if TYPE_CHECKING:
+    from nnscaler_ring.core.kernels.tile_math import TileGradients
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +41,19 @@ class Problem:
     head_dim: int
     v_head_dim: int
     deterministic: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    bias: bool = False
+    dropout: bool = False
 
 
 class AttentionKernel(Protocol):
     """Attention of one trimmed tile, q [b, nq, h, d], k [b, nk, h_kv, d], v [b, nk, h_kv, dv].
 
     `window` is flash-attn's `(left, right)`: bottom-right aligned, -1 for unbounded. Every query
-    row sees at least one key (Note [Trimmed tiles] in tile.py). nq and nk are at least 1. The
-    tiles that reach `forward` and `backward` are those that `calls` returned.
+    row is in reach of at least one key (Note [Trimmed tiles] in tile.py). nq and nk are at least 1.
+    The tiles that reach `forward` and `backward` are those that `calls` returned. `mods` is what
+    happens to the scores beside scale and window, None for nothing.
     """
 
     name: str
@@ -53,12 +62,22 @@ class AttentionKernel(Protocol):
         """None if the kernel can do it, else the reason why it cannot."""
         ...
 
-    def calls(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
-        """The same pairs as trimmed tiles that this kernel computes in one call each."""
+    def calls(self, tiles: Sequence[Tile], *, plain: bool) -> Sequence[Tile]:
+        """The same pairs as trimmed tiles that this kernel computes in one call each.
+
+        `plain`: the calls have no `mods`.
+        """
         ...
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, window: tuple[int, int]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        softmax_scale: float,
+        window: tuple[int, int],
+        mods: ScoreMods | None,
     ) -> tuple[Tensor, Tensor]:
         """(out [b, nq, h, dv] in q's dtype or wider, softmax_lse [b, h, nq] in float32/64)."""
         ...
@@ -71,11 +90,16 @@ class AttentionKernel(Protocol):
         v: Tensor,
         out: Tensor,
         softmax_lse: Tensor,
+        dlse: Tensor | None,
         *,
         softmax_scale: float,
         window: tuple[int, int],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv) of this tile, fresh tensors, from the **global** out and softmax_lse."""
+        mods: ScoreMods | None,
+    ) -> TileGradients:
+        """Of this tile, fresh tensors, from the **global** out and softmax_lse.
+
+        `dlse` [b, h, nq] is the gradient of softmax_lse, None for none.
+        """
         ...
 
 

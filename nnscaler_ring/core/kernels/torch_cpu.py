@@ -8,6 +8,11 @@ Note [A band in fused calls]
     A causal tile that starts `hi` keys early is a full block and a causal one. Any other band is
     cut into blocks of query rows; within a block the keys that all its rows see are one full call,
     and only the corners at the edges need a mask, at most a few blocks wide.
+
+Note [A gradient through the lse in a kernel that knows none]
+    The gradient dlse of a row's softmax_lse adds `probability * dlse` to every score's gradient. A
+    column of ones in v and of dlse in dout does that: `dout · v` grows by dlse for every key. The
+    same column of out is 0, so the row sum `dout · out` stays, and dv's column is dropped.
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnscaler_ring.core.kernels import Problem
+from nnscaler_ring.core.kernels.tile_math import TileGradients, tile_backward, tile_forward
+from nnscaler_ring.core.scores import ScoreMods
 from nnscaler_ring.core.tile import UNBOUNDED, Tile, trim
 
 aten = torch.ops.aten
@@ -34,8 +41,15 @@ FULL_BLOCK_ROWS = 768
 256: in float32 such calls are exact enough for any number of ranks, and faster up to 256 rows."""
 
 
+BLOCK_KEYS = 1024
+"""Keys of a block of BLOCK_ROWS rows whose scores are built: what the fused kernel cannot do."""
+
+
 class TorchCpu:
-    """Memory O(rows); the usual causal and full tiles are one fused call each."""
+    """Memory O(rows); the usual causal and full tiles are one fused call each.
+
+    Softcap, ALiBi, bias and dropout, which the fused kernel does not have, are computed in blocks.
+    """
 
     name = "torch_cpu"
 
@@ -47,14 +61,24 @@ class TorchCpu:
             return f"it computes in {', '.join(map(str, DTYPES))}, not in {problem.dtype}"
         return None
 
-    def calls(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+    def calls(self, tiles: Sequence[Tile], *, plain: bool) -> Sequence[Tile]:
         """Full, causal and small masked blocks: Note [A band in fused calls]."""
-        return [call for tile in tiles for call in fused_calls(tile)]
+        cut = fused_calls if plain else score_blocks
+        return [call for tile in tiles for call in cut(tile)]
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, window: tuple[int, int]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        softmax_scale: float,
+        window: tuple[int, int],
+        mods: ScoreMods | None,
     ) -> tuple[Tensor, Tensor]:
-        """One call of the fused kernel."""
+        """One call of the fused kernel, or one block of scores."""
+        if mods is not None:
+            return tile_forward(q, k, v, softmax_scale=softmax_scale, window=window, mods=mods)
         v_head_dim = v.shape[-1]
         is_causal, mask = _masking(q, k, window)
         out, softmax_lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -74,13 +98,31 @@ class TorchCpu:
         v: Tensor,
         out: Tensor,
         softmax_lse: Tensor,
+        dlse: Tensor | None,
         *,
         softmax_scale: float,
         window: tuple[int, int],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One call of the fused kernel's backward, in float32 where half precision is coarser."""
-        if q.shape[1] < FULL_BLOCK_ROWS:
+        mods: ScoreMods | None,
+    ) -> TileGradients:
+        """The backward of the same, in float32 where half precision is coarser."""
+        if mods is not None:
+            return tile_backward(
+                dout,
+                q,
+                k,
+                v,
+                out,
+                softmax_lse,
+                dlse,
+                softmax_scale=softmax_scale,
+                window=window,
+                mods=mods,
+            )
+        v_head_dim = v.shape[-1]
+        if q.shape[1] < FULL_BLOCK_ROWS or dlse is not None:
             dout, q, k, v, out = (x.to(softmax_lse.dtype) for x in (dout, q, k, v, out))
+        if dlse is not None:
+            dout, v, out = _with_lse_column(dout, v, out, dlse)
         is_causal, mask = _masking(q, k, window)
         gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(x.transpose(1, 2) for x in _to_kernel(dout, q, k, v, out)),
@@ -90,11 +132,12 @@ class TorchCpu:
             attn_mask=mask,
             scale=softmax_scale,
         )
+        dims = (q.shape[-1], k.shape[-1], v_head_dim)
         dq, dk, dv = (
-            gradient.transpose(1, 2)[..., : x.shape[-1]]
-            for gradient, x in zip(gradients, (q, k, v), strict=True)
+            gradient.transpose(1, 2)[..., :dim]
+            for gradient, dim in zip(gradients, dims, strict=True)
         )
-        return dq, dk, dv
+        return TileGradients(dq, dk, dv)
 
 
 @lru_cache(maxsize=4096)
@@ -132,6 +175,32 @@ def _causal_calls(tile: Tile) -> Iterator[Tile]:
     yield tile._replace(k1=diagonal, hi=UNBOUNDED)
     if causal := trim(tile._replace(k0=diagonal)):
         yield causal
+
+
+@lru_cache(maxsize=4096)
+def score_blocks(tile: Tile) -> tuple[Tile, ...]:
+    """The tile as blocks whose scores are small enough to be built, the empty ones left out."""
+    blocks = (
+        trim(
+            tile._replace(
+                q0=q0, q1=min(q0 + BLOCK_ROWS, tile.q1), k0=k0, k1=min(k0 + BLOCK_KEYS, tile.k1)
+            )
+        )
+        for q0 in range(tile.q0, tile.q1, BLOCK_ROWS)
+        for k0 in range(tile.k0, tile.k1, BLOCK_KEYS)
+    )
+    return tuple(block for block in blocks if block)
+
+
+def _with_lse_column(
+    dout: Tensor, v: Tensor, out: Tensor, dlse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Note [A gradient through the lse in a kernel that knows none].
+    return (
+        torch.cat([dout, dlse.transpose(1, 2).unsqueeze(-1).to(dout.dtype)], dim=-1),
+        F.pad(v, (0, 1), value=1.0),
+        F.pad(out, (0, 1)),
+    )
 
 
 def _masking(q: Tensor, k: Tensor, window: tuple[int, int]) -> tuple[bool, Tensor | None]:

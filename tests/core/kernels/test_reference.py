@@ -13,6 +13,7 @@ from nnscaler_ring.core.exchange import GradientStep, Keys
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.row_sum import RowSum
+from nnscaler_ring.core.scores import Scores
 from nnscaler_ring.core.tile import Tile, trim
 from tests.core.test_schedule import random_problems
 from tests.core.test_tile import random_tile
@@ -71,11 +72,11 @@ class OneDevice:
         self.tiles = tiles
 
     def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        yield Keys(k, v, self.tiles)
+        yield Keys(k, v, self.tiles, ((0, 0, k.shape[1]),))
 
     def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
         self.sums = RowSum(k), RowSum(v)
-        yield GradientStep(k, v, self.tiles, *self.sums)
+        yield GradientStep(k, v, self.tiles, ((0, 0, k.shape[1]),), *self.sums)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         dk, dv = self.sums
@@ -93,10 +94,10 @@ def check_tile(
 ) -> None:
     """Forward and backward of one tile that is a whole attention, against the oracle."""
     expected = dense_gradients(q, k, v, dout, softmax_scale=SCALE, window_size=shape.window)
-    options = {"softmax_scale": SCALE, "kernel": kernel}
+    options = {"scores": Scores(SCALE), "kernel": kernel}
     one_device = OneDevice(tile_of(shape))
     out, lse = attention_forward(q, k, v, exchange=one_device, **options)
-    grads = attention_backward(dout, q, k, v, out, lse, exchange=one_device, **options)
+    grads = attention_backward(dout, None, q, k, v, out, lse, exchange=one_device, **options)[:3]
     names = ("out", "lse", "dq", "dk", "dv")
     for name, actual, wanted in zip(names, (out, lse, *grads), expected, strict=True):
         what = f"{name} of {kernel.name}, {shape}, {q.shape}, {k.shape}, {v.shape}"
@@ -115,8 +116,8 @@ def check_shares(kernel: AttentionKernel, shape: Shape, cut: int) -> None:
     out, lse = expected[:2]
     parts = [trim(tile._replace(k1=cut)), trim(tile._replace(k0=cut))]
     shares = OneDevice(*(part for part in parts if part))
-    options = {"exchange": shares, "kernel": kernel, "softmax_scale": SCALE}
-    grads = attention_backward(dout, q, k, v, out, lse, **options)
+    options = {"exchange": shares, "kernel": kernel, "scores": Scores(SCALE)}
+    grads = attention_backward(dout, None, q, k, v, out, lse, **options)[:3]
     for name, actual, wanted in zip(("dq", "dk", "dv"), grads, expected[2:], strict=True):
         assert_close_float64(actual, wanted, f"{name} of {kernel.name}, {shape} cut at key {cut}")
 
@@ -136,7 +137,7 @@ def check_large_logits(kernel: AttentionKernel, dtype: torch.dtype) -> None:
     v = torch.arange(24, dtype=dtype).view(1, 6, 1, 4)
     dout = torch.ones(1, 6, 2, 4, dtype=dtype)
     one_device = OneDevice(tile_of(Shape(6, 6, (2, 1))))
-    options = {"exchange": one_device, "kernel": kernel, "softmax_scale": 1.0}
+    options = {"exchange": one_device, "kernel": kernel, "scores": Scores(1.0)}
     out, lse = attention_forward(q, k, v, **options)
     expected, expected_lse = dense_attention(q, k, v, softmax_scale=1.0, window_size=(2, 1))
     if dtype == torch.float64:
@@ -145,7 +146,7 @@ def check_large_logits(kernel: AttentionKernel, dtype: torch.dtype) -> None:
     else:
         assert_close_relative(out.to(dtype), expected, "out")
         assert_close_relative(lse, expected_lse, "lse")
-    grads = attention_backward(dout, q, k, v, out, lse, **options)
+    grads = attention_backward(dout, None, q, k, v, out, lse, **options)[:3]
     assert all(bool(torch.isfinite(grad).all()) for grad in grads)
 
 
