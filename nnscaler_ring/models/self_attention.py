@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("contiguous", "zigzag", "zigzag order")
 """How ranks share a sequence. "contiguous": contiguous shards and `wrap_ring_attn_func`. "zigzag":
-contiguous shards and `wrap_zigzag_attn_func`, which balances the work and moves rows of q.
+contiguous shards and `wrap_zigzag_attn_func`, which balances the work and moves rows.
 "zigzag order": the caller holds two zigzag chunks, nothing but K and V moves."""
 
 

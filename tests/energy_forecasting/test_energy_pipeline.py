@@ -55,7 +55,7 @@ def test_from_data_to_a_forecast_plot(tmp_path, small):
     assert 300_000 < forecast.target.mean() < 700_000  # MW, the lower 48 states
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_ranks_compare(tmp_path, small):
     done = run("ranks", "--context", "500", "--steps", "2", "--out", tmp_path)
     assert done.exit_code == 0, done.output

@@ -1,6 +1,7 @@
 """The same training on any number of ranks, and a resumed one, to the bit."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from examples.energy_forecasting.training import Checkpoint, passes, train
 from nnscaler_ring.launch import Rank, RankError, run_ranks
 from tests.energy_forecasting.example_series import SMALL, excerpt
 
-ALONE = Rank(0, 1, torch.device("cpu"), lambda value: None)
+ALONE = Rank(0, 1, torch.device("cpu"), lambda value: None, Path())
 
 
 def train_and_forecast(rank, series, config, origins):
