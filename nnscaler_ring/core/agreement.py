@@ -65,6 +65,7 @@ ARGUMENTS = {
     "sinks": "whether sinks are given",
     "dropout_seed": "whether dropout_seed is given",
     "caller_layout": "layout",
+    "head_offsets": "head_offsets (num_kv_heads None: those of k)",
     "other_sizes": "the other dimensions of x",
 }
 """How messages call the fields of a description that are not called as the user's arguments."""

@@ -1,0 +1,237 @@
+"""wrap_dilated_attn_func against the definition in dense float64, over 1 to 4 ranks."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import nnscaler_ring
+from nnscaler_ring import HeadOffsets, Traffic, wrap_dilated_attn_func
+from tests.dilated_oracle import dilated_gradients
+from tests.oracle import dense_gradients, make_dout, make_qkv
+from tests.tolerances import assert_close_float64, assert_close_relative
+
+EXCHANGES = ("direct", "ring", "all_gather")
+NAMES = ("out", "lse", "dq", "dk", "dv")
+HEADS = ((4, 4), (6, 2), (4, 1), (5, 5), (6, 3))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call over as many ranks as there are shards."""
+
+    shard_lens: tuple[int, ...]
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    causal: bool = True
+    head_offsets: str = "mod"
+    heads: tuple[int, int] = (4, 4)
+    exchange: str = "direct"
+    kernel: str = "auto"
+    v_head_dim: int = 4
+    lse_gradient: bool = False
+    seed: int = 0
+
+    def inputs(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+        """q, k, v, dout, dlse of the whole sequence."""
+        tokens, batch = sum(self.shard_lens), 1 + self.seed % 2
+        q, k, v = make_qkv(
+            self.seed, batch, tokens, tokens, *self.heads, 4, self.v_head_dim, dtype
+        )
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (batch, self.heads[0], tokens)
+        dlse = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return q, k, v, make_dout(self.seed, q, v), dlse
+
+    def rows(self, block: int) -> slice:
+        """The tokens of a block."""
+        start = sum(self.shard_lens[:block])
+        return slice(start, start + self.shard_lens[block])
+
+    def expected(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+        """out, lse, dq, dk, dv of the whole sequence, of inputs as this dtype has them."""
+        q, k, v, dout, dlse = (x.double() for x in self.inputs(dtype))
+        return dilated_gradients(
+            q,
+            k,
+            v,
+            dout,
+            dlse if self.lse_gradient else None,
+            self.segment_lengths,
+            self.dilation_rates,
+            causal=self.causal,
+            head_offsets=self.head_offsets,
+        )
+
+
+def run_case(
+    case: Case, block: int, group: list[int] | None, dtype: torch.dtype = torch.float64
+) -> tuple[list[Tensor], Traffic, Traffic]:
+    """out, lse, dq, dk, dv of a block, and what each pass sent."""
+    q, k, v, dout, dlse = case.inputs(dtype)
+    rows = case.rows(block)
+    q, k, v = (x[:, rows].requires_grad_() for x in (q, k, v))
+    even = len(set(case.shard_lens)) == 1
+    start = traffic_of(group)
+    out, lse = wrap_dilated_attn_func(
+        q,
+        k,
+        v,
+        case.segment_lengths,
+        case.dilation_rates,
+        causal=case.causal,
+        head_offsets=case.head_offsets,
+        process_group=group,
+        return_lse=True,
+        shard_lens=None if even else case.shard_lens,
+        exchange=case.exchange,
+        kernel=case.kernel,
+    )
+    middle = traffic_of(group)
+    outputs, grads = [out], [dout[:, rows]]
+    if case.lse_gradient:
+        outputs, grads = [out, lse], [dout[:, rows], dlse[..., rows].to(lse.dtype)]
+    gradients = torch.autograd.grad(outputs, (q, k, v), grads)
+    end = traffic_of(group)
+    results = [x.detach() for x in (out, lse, *gradients)]
+    return results, middle - start, end - middle
+
+
+def traffic_of(group: list[int] | None) -> Traffic:
+    return Traffic() if group is None else nnscaler_ring.traffic(group)
+
+
+def run_cases(ranks: list[int], cases: list[Case], dtype: torch.dtype) -> list[tuple]:
+    """On one rank."""
+    block = ranks.index(dist.get_rank())
+    return [run_case(case, block, ranks, dtype) for case in cases]
+
+
+def check(pool, cases: Sequence[Case], ranks: Sequence[int] | None = None) -> None:
+    """Run the cases and compare values, lse and gradients."""
+    for size in sorted({len(case.shard_lens) for case in cases}):
+        group = [case for case in cases if len(case.shard_lens) == size]
+        chosen = list(ranks) if ranks else list(range(size))
+        results = pool.run(None, run_cases, group, torch.float64, ranks=chosen, timeout=300)
+        for number, case in enumerate(group):
+            compare(case, [of_rank[number][0] for of_rank in results])
+
+
+def compare(case: Case, blocks: Sequence[Sequence[Tensor]]) -> None:
+    expected = case.expected()
+    for block, tensors in enumerate(blocks):
+        rows = case.rows(block)
+        for name, actual, dense in zip(NAMES, tensors, expected, strict=True):
+            part = dense[..., rows] if name == "lse" else dense[:, rows]
+            assert_close_float64(actual, part, f"{name} of block {block} in {case}")
+
+
+def random_cases(seed: int, count: int) -> list[Case]:
+    """Segments below, at and above the shard length and above all tokens, in any order."""
+    rng = random.Random(seed)
+    cases = []
+    for number in range(count):
+        world_size = number % 4 + 1
+        shard_lens = [rng.randint(1, 12)] * world_size
+        if rng.random() < 0.5:
+            shard_lens = [rng.choice((0, 1, rng.randint(2, 20))) for _ in range(world_size)]
+        total = sum(shard_lens)
+        lengths = [
+            rng.choice((rng.randint(1, 8), max(1, max(shard_lens)), total + 1, 2 * total + 5, 12))
+            for _ in range(rng.randint(1, 4))
+        ]
+        rates = [min(length, rng.choice((1, 1, 2, 2, 3, 4, 5, 9))) for length in lengths]
+        cases.append(
+            Case(
+                shard_lens=tuple(shard_lens),
+                segment_lengths=tuple(lengths),
+                dilation_rates=tuple(rates),
+                causal=rng.random() < 0.5,
+                head_offsets=rng.choice(("mod", "block")),
+                heads=rng.choice(HEADS),
+                exchange=rng.choice(EXCHANGES),
+                kernel=rng.choice(("auto", "reference")),
+                v_head_dim=rng.choice((4, 4, 3, 6)),
+                lse_gradient=rng.random() < 0.3,
+                seed=number,
+            )
+        )
+    return cases
+
+
+def test_random_configurations(pool):
+    check(pool, random_cases(0, 280))
+
+
+@pytest.mark.full
+def test_many_random_configurations(pool):
+    check(pool, random_cases(1, 3000))
+
+
+def test_ranks_in_any_order(pool):
+    case = Case((5, 0, 9), (6, 40), (2, 3), heads=(6, 2))
+    check(pool, [case, replace(case, exchange="ring"), replace(case, causal=False)], [3, 0, 2])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_one_long_undilated_branch_is_dense_attention(pool, world_size, causal):
+    case = Case((7,) * world_size, (7 * world_size,), (1,), causal, heads=(6, 2))
+    q, k, v, dout, _ = case.inputs()
+    dense = dense_gradients(q, k, v, dout, causal=causal)
+    for block, results in enumerate(pool.run(world_size, run_cases, [case], torch.float64)):
+        for name, actual, whole in zip(NAMES, results[0][0], dense, strict=True):
+            part = whole.narrow(2 if name == "lse" else 1, 7 * block, 7)
+            assert_close_float64(actual, part, f"{name} of block {block}")
+
+
+def test_a_key_that_two_branches_show_counts_twice():
+    """The same branch twice is the same softmax: its lse grows by log 2, its values stay."""
+    once, twice = Case((16,), (8,), (2,)), Case((16,), (8, 8), (2, 2))
+    (out, lse, *_), (out2, lse2, *_) = (run_case(case, 0, None)[0] for case in (once, twice))
+    assert_close_float64(out2, out, "out")
+    assert_close_float64(lse2, lse + torch.tensor(2.0, dtype=torch.float64).log(), "lse")
+
+
+def test_rows_that_no_branch_covers_are_zero():
+    """With r = 3 and one head of offset 0, two of three tokens are not used."""
+    case = Case((9,), (9,), (3,), heads=(1, 1))
+    results, *_ = run_case(case, 0, None)
+    unused = torch.tensor([n % 3 != 0 for n in range(9)])
+    for name, x in zip(NAMES, results, strict=True):
+        rows = x[..., unused] if name == "lse" else x[:, unused]
+        assert (rows == (-torch.inf if name == "lse" else 0.0)).all(), name
+
+
+@pytest.mark.parametrize("grouping", ["mod", "block"])
+def test_parts_of_the_heads_are_the_whole(grouping):
+    """What a rank computes that holds a part of the heads and says where it begins."""
+    case = Case((24,), (8, 24), (2, 3), head_offsets=grouping, heads=(10, 5))
+    q, k, v, _, _ = case.inputs()
+    branches = case.segment_lengths, case.dilation_rates
+    whole = wrap_dilated_attn_func(q, k, v, *branches, head_offsets=grouping)
+    for first, stop in ((0, 2), (2, 5)):
+        part = wrap_dilated_attn_func(
+            q[:, :, 2 * first : 2 * stop],
+            k[:, :, first:stop],
+            v[:, :, first:stop],
+            *branches,
+            head_offsets=HeadOffsets(grouping, first, 5),
+        )
+        assert_close_float64(part, whole[:, :, 2 * first : 2 * stop], f"heads {first} to {stop}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision(pool, dtype):
+    case = Case((20, 20), (8, 40, 40), (1, 2, 4), heads=(4, 2), seed=3)
+    expected = case.expected(dtype)
+    for block, results in enumerate(pool.run(2, run_cases, [case], dtype)):
+        rows = case.rows(block)
+        for n, (name, actual) in enumerate(zip(NAMES, results[0][0], strict=True)):
+            assert actual.dtype == (torch.float32 if name == "lse" else dtype)
+            part = expected[n][..., rows] if name == "lse" else expected[n][:, rows]
+            assert_close_relative(actual, part, f"{name} of block {block}")
