@@ -39,9 +39,7 @@ class Case:
     def inputs(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
         """q, k, v, dout, dlse of the whole sequence."""
         tokens, batch = sum(self.shard_lens), 1 + self.seed % 2
-        q, k, v = make_qkv(
-            self.seed, batch, tokens, tokens, *self.heads, 4, self.v_head_dim, dtype
-        )
+        q, k, v = make_qkv(self.seed, batch, tokens, tokens, *self.heads, 4, self.v_head_dim, dtype)
         generator = torch.Generator().manual_seed(self.seed)
         shape = (batch, self.heads[0], tokens)
         dlse = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -235,3 +233,97 @@ def test_lower_precision(pool, dtype):
             assert actual.dtype == (torch.float32 if name == "lse" else dtype)
             part = expected[n][..., rows] if name == "lse" else expected[n][:, rows]
             assert_close_relative(actual, part, f"{name} of block {block}")
+
+
+# Bytes.
+
+
+def used_rows(case: Case, reader: int, source: int) -> tuple[int, int]:
+    """Rows of a head that cross from `source` to `reader`: summed over branches, and dense."""
+    total = 0
+    mine, theirs = (
+        torch.arange(case.rows(block).start, case.rows(block).stop) for block in (reader, source)
+    )
+    per_head = []
+    for head in range(case.heads[1]):
+        total = 0
+        for w, r in zip(case.segment_lengths, case.dilation_rates, strict=True):
+            blocks = -(-case.heads[1] // r)
+            offset = head % r if case.head_offsets == "mod" else head // blocks
+            q, k = (x[x % w % r == offset] for x in (mine, theirs))
+            seen = q[:, None] // w == k // w
+            if case.causal:
+                seen &= q[:, None] >= k
+            total += int(seen.any(0).sum())
+        per_head.append(total)
+    dense = len(theirs) if len(mine) and (not case.causal or reader >= source) else 0
+    return sum(per_head), dense * case.heads[1]
+
+
+def check_bytes(pool, cases: Sequence[Case]) -> list[int]:
+    """Forward rows and gradients of every case are within both bounds; all rows received."""
+    received = []
+    for case in cases:
+        size = len(case.shard_lens)
+        results = pool.run(size, run_cases, [case], torch.float64)
+        row_bytes = (1 + case.seed % 2) * (4 + case.v_head_dim) * 8
+        for block in range(size):
+            _, forward, backward = results[block][0]
+            pairs = [used_rows(case, other, block) for other in range(size) if other != block]
+            limit = sum(map(min, pairs)) * row_bytes
+            if case.exchange == "direct":
+                assert forward.forward_kv_bytes <= limit, case
+            else:
+                longest = max(case.shard_lens)
+                assert forward.forward_kv_bytes <= (
+                    (size - 1) * longest * case.heads[1] * row_bytes
+                ), case
+            assert forward.total_bytes == forward.forward_kv_bytes == backward.backward_kv_bytes
+        sent = [results[block][0][1].forward_kv_bytes for block in range(size)]
+        returned = [results[block][0][2].gradient_bytes for block in range(size)]
+        if case.exchange == "direct":
+            assert sum(sent) == sum(returned), case
+        received.append(sum(sent) // row_bytes)
+    return received
+
+
+def test_no_more_bytes_than_the_branches_use_nor_than_dense(pool):
+    check_bytes(pool, [case for case in random_cases(4, 160) if len(case.shard_lens) > 1])
+
+
+REPEATED = Case((9, 9, 9), (27, 27, 18), (1, 2, 1), heads=(4, 2), seed=1)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_of_several_branches_travel_once(pool, exchange, causal):
+    """Two undilated branches and one dilated use 2.5 rows per row of the shard; 1 travels."""
+    case = replace(REPEATED, exchange=exchange, causal=causal)
+    check(pool, [case, replace(case, shard_lens=(13, 0, 14)), replace(case, lse_gradient=True)])
+    (received,) = check_bytes(pool, [case])
+    shards = 6 if exchange != "direct" or not causal else 3
+    assert received == shards * 9 * case.heads[1]
+
+
+@pytest.mark.parametrize(("world_size", "w", "r"), [(4, 16, 2), (4, 32, 4), (2, 16, 1), (4, 32, 2)])
+def test_bytes_of_one_spanning_branch(pool, world_size, w, r):
+    """The issue's formula: `(w - l)/r * 2 * H_kv * D` elements per rank, not causal."""
+    case = Case((8,) * world_size, (w,), (r,), causal=False, heads=(8, 4))
+    for results in pool.run(world_size, run_cases, [case], torch.float64):
+        forward = results[0][1]
+        assert forward.forward_kv_bytes == (w - 8) // r * 2 * 4 * 4 * 8
+        assert results[0][2].gradient_bytes == forward.forward_kv_bytes
+
+
+def test_whole_segments_send_nothing(pool):
+    case = Case((12, 12, 12), (4, 6, 12), (1, 2, 3), causal=False)
+    for results in pool.run(3, run_cases, [case], torch.float64):
+        assert results[0][1] == results[0][2] == Traffic()
+
+
+def test_bytes_do_not_grow_with_the_sequence(pool):
+    """With w / r constant, a branch over all shards costs less than w / r rows, however long."""
+    for tokens in (8, 16, 32, 64):
+        case = Case((tokens,) * 4, (4 * tokens,), (tokens // 2,), causal=False, heads=(1, 1))
+        for results in pool.run(4, run_cases, [case], torch.float64):
+            assert results[0][1].forward_kv_bytes <= 8 * 2 * 4 * 8

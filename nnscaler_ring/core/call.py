@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -71,7 +72,7 @@ class RelayoutCall:
     target: str
 
 
-def describe(call: DataclassInstance) -> dict[str, str]:
+def describe(call: Any) -> dict[str, str]:
     """Field by field, for the ranks to compare and for people to read."""
     return {f.name: _text(getattr(call, f.name)) for f in fields(call)}
 

@@ -9,7 +9,7 @@ softmax_lse] in engine.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,9 +27,10 @@ from nnscaler_ring.core.dilation import (
     whole_segments,
 )
 from nnscaler_ring.core.engine import gradient_sums, partial_attention
-from nnscaler_ring.core.exchange import EXCHANGES, DirectPlan, ExchangePlan
+from nnscaler_ring.core.exchange import DirectPlan, ExchangePlan
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.layout import Contiguous
+from nnscaler_ring.core.offered_rows import OfferedRows, OfferedRowsPlan
 from nnscaler_ring.core.online_softmax import PartialOutput, accumulation_dtype
 from nnscaler_ring.core.schedule import Mask, Schedule
 from nnscaler_ring.core.scores import Scores
@@ -111,9 +112,10 @@ def _kept(strip: Strip) -> slice:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the work: which rows and heads, and how their keys come together."""
+    """A part of the work: which queries, which keys this rank gives to it, how they meet."""
 
-    selection: Selection
+    queries: Selection
+    keys: Selection
     exchange: ExchangePlan
 
 
@@ -150,9 +152,10 @@ class DilatedPlan:
         for group in head_groups(branches, head_offsets, num_kv_heads):
             rows = SpanningSegments(tuple(shard_lens), tuple(branches), group.offsets)
             if any(rows.shard_lens):
-                selection = SpanningRows(tuple(rows.strips(block)), group)
-                plan = EXCHANGES[exchange](Schedule(rows, rows, mask), block)
-                shared.append(Part(selection, plan))
+                schedule = OfferedRows(rows, mask, exchange)
+                queries = SpanningRows(tuple(rows.strips(block)), group)
+                keys = SpanningRows(tuple(schedule.offered[block]), group)
+                shared.append(Part(queries, keys, OfferedRowsPlan(schedule, block, exchange)))
         return cls(tuple(alone), tuple(shared))
 
 
@@ -166,7 +169,8 @@ def _alone(
         (offset,) = group.offsets
         rows = Contiguous((len(range(offset, branch.length, branch.rate)),))
         selection = WholeSegmentRows(number, segments, branch.rate, group)
-        parts.append(Part(selection, DirectPlan(Schedule(rows, rows, mask), 0)))
+        exchange = DirectPlan(Schedule(rows, rows, mask), 0)
+        parts.append(Part(selection, selection, exchange))
     return tuple(parts)
 
 
@@ -192,24 +196,24 @@ def dilated_forward(
     grouped = _by_kv_head(q, k.shape[2])
 
     def attend(part: Part) -> tuple[Selection, Tensor, Tensor]:
-        take = part.selection.take
-        rows = _heads_together(take(grouped)), take(k), take(v)
+        keys = part.keys
+        rows = _heads_together(part.queries.take(grouped)), keys.take(k), keys.take(v)
         exchange = part.exchange.start(transport)
         partial = partial_attention(
             *rows, exchange=exchange, kernel=kernel, scores=Scores(softmax_scale)
         )
         out, lse = partial.current()
         heads = rows[1].shape[2]
-        return part.selection, _by_kv_head(out, heads), _by_kv_head(lse.transpose(1, 2), heads)
+        return part.queries, _by_kv_head(out, heads), _by_kv_head(lse.transpose(1, 2), heads)
 
     shared = [attend(part) for part in plan.shared]
     merged = PartialOutput(q, v.shape[-1])
     for branch, parts in enumerate(plan.alone):
         out = grouped.new_zeros((*grouped.shape[:-1], v.shape[-1]), dtype=merged.dtype)
         lse = out.new_full(out.shape[:-1], -torch.inf)
-        for selection, part_out, part_lse in (*map(attend, parts), *shared):
-            selection.put(branch, out, part_out)
-            selection.put(branch, lse, part_lse)
+        for queries, part_out, part_lse in (*map(attend, parts), *shared):
+            queries.put(branch, out, part_out)
+            queries.put(branch, lse, part_lse)
         rows = slice(0, q.shape[1])
         merged.merge_(rows, _heads_together(out), _heads_together(lse).transpose(1, 2))
     out, softmax_lse = merged.current()
@@ -239,27 +243,26 @@ def dilated_backward(
     )
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (grouped, k, v))
     for part in (*plan.shared, *(part for parts in plan.alone for part in parts)):
-        take = part.selection.take
 
-        def rows_of(x: Tensor, take: Callable[[Tensor], Tensor] = take) -> Tensor:
-            return _heads_together(take(x))
+        def rows_of(x: Tensor, queries: Selection = part.queries) -> Tensor:
+            return _heads_together(queries.take(x))
 
         part_q, part_dout, part_out, part_lse = map(rows_of, (grouped, dout, out, softmax_lse))
         part_dq, part_dk, part_dv = gradient_sums(
             part_dout,
             None if dlse is None else rows_of(dlse).transpose(1, 2),
             part_q,
-            take(k),
-            take(v),
+            part.keys.take(k),
+            part.keys.take(v),
             part_out,
             part_lse.transpose(1, 2),
             exchange=part.exchange.start(transport),
             kernel=kernel,
             scores=Scores(softmax_scale),
         )
-        part.selection.add(dq, _by_kv_head(part_dq, part_dk.shape[2]))
-        part.selection.add(dk, part_dk)
-        part.selection.add(dv, part_dv)
+        part.queries.add(dq, _by_kv_head(part_dq, part_dk.shape[2]))
+        part.keys.add(dk, part_dk)
+        part.keys.add(dv, part_dv)
     dq = _heads_together(dq)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 

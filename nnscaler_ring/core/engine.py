@@ -68,7 +68,13 @@ def attention_forward(
 
 
 def partial_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, exchange: KVExchange, kernel: AttentionKernel, scores: Scores
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    exchange: KVExchange,
+    kernel: AttentionKernel,
+    scores: Scores,
 ) -> PartialOutput:
     """`attention_forward` before it is rounded, for callers that merge it with more keys."""
     partial = PartialOutput(q, v.shape[-1])

@@ -446,7 +446,9 @@ def _problem(call: Call) -> Problem:
     )
 
 
-def lens_of_blocks(name: str, lens: Sequence[int] | None, place: Place, rows: int) -> tuple[int, ...]:
+def lens_of_blocks(
+    name: str, lens: Sequence[int] | None, place: Place, rows: int
+) -> tuple[int, ...]:
     """The rows of every block; None means that all have as many as this one."""
     if lens is None:
         return (rows,) * place.world_size
@@ -455,6 +457,7 @@ def lens_of_blocks(name: str, lens: Sequence[int] | None, place: Place, rows: in
 
 
 def transport_of(group: str, place: Place, op: str, tag: int) -> Transport:
+    """For the messages of one pass over a group."""
     return Transport(place, None if group == ALONE else group_state(group).traffic, op, tag)
 
 
