@@ -3,14 +3,22 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import nnscaler_ring
 from nnscaler_ring import HeadOffsets, Traffic, wrap_dilated_attn_func
+from nnscaler_ring.core.dilated_ops import DilatedOptions
+from nnscaler_ring.core.groups import group_string
 from tests.dilated_oracle import dilated_gradients
 from tests.oracle import dense_gradients, make_dout, make_qkv
 from tests.tolerances import assert_close_float64, assert_close_relative
@@ -327,3 +335,146 @@ def test_bytes_do_not_grow_with_the_sequence(pool):
         case = Case((tokens,) * 4, (4 * tokens,), (tokens // 2,), causal=False, heads=(1, 1))
         for results in pool.run(4, run_cases, [case], torch.float64):
             assert results[0][1].forward_kv_bytes <= 8 * 2 * 4 * 8
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([8, 16], [1]), ValueError, "dilation_rates must have one rate per segment length, 2"),
+        (([], []), ValueError, "segment_lengths must have one entry per branch"),
+        (([0], [1]), ValueError, r"segment_lengths must be >= 1, got \[0\]"),
+        (([4], [0]), ValueError, r"dilation_rates must be >= 1, got \[0\]"),
+        (([4, 2], [1, 3]), ValueError, "rate 3 for length 2"),
+        ((8, [1]), TypeError, "segment_lengths must be a sequence of ints, got int"),
+        (([8], [1.5]), TypeError, "dilation_rates must hold ints"),
+        (([8], [True]), TypeError, "dilation_rates must hold ints"),
+    ],
+)
+def test_wrong_branches(arguments, error, message):
+    q, k, v, *_ = Case((8,), (8,), (1,)).inputs()
+    with pytest.raises(error, match=message):
+        wrap_dilated_attn_func(q, k, v, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"head_offsets": "modulo"}, ValueError, "head_offsets must be one of"),
+        ({"head_offsets": HeadOffsets("mod", 2, 5)}, ValueError, "4 KV heads among num_kv_heads=5"),
+        ({"head_offsets": HeadOffsets("mod", -1, 9)}, ValueError, "got first_kv_head=-1"),
+        ({"head_offsets": HeadOffsets("mod", 0.5)}, TypeError, "head_offsets.first_kv_head must"),
+        ({"causal": 1}, TypeError, "causal must be True or False"),
+        ({"exchange": "carrier pigeon"}, ValueError, "exchange must be one of"),
+        ({"kernel": "abacus"}, ValueError, "kernel must be 'auto' or one of"),
+        ({"return_lse": 1}, TypeError, "return_lse must be True or False"),
+        ({"shard_lens": [4, 4]}, ValueError, "shard_lens must have one length for each of the 1"),
+        ({"shard_lens": [7]}, ValueError, "tokens that this rank passes, 8, got 7"),
+        ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite"),
+        ({"dropout_p": 0.5}, TypeError, "unexpected keyword argument 'dropout_p'"),
+    ],
+)
+def test_wrong_options(options, error, message):
+    q, k, v, *_ = Case((8,), (8,), (1,)).inputs()
+    with pytest.raises(error, match=message):
+        wrap_dilated_attn_func(q, k, v, [8], [1], **options)
+
+
+def test_wrong_tensors():
+    q, k, v, *_ = Case((8,), (8,), (1,)).inputs()
+    with pytest.raises(ValueError, match="num_heads of q must be a multiple of num_kv_heads"):
+        wrap_dilated_attn_func(q, k[:, :, :3], v[:, :, :3], [8], [1])
+    with pytest.raises(ValueError, match="k must have q's dtype"):
+        wrap_dilated_attn_func(q, k.float(), v, [8], [1])
+
+
+def disagree(ranks: list[int], difference: str) -> str:
+    """On one rank: what it is told when rank 1 passes something else."""
+    q, k, v, *_ = Case((8,), (8,), (1,)).inputs()
+    arguments = {"segment_lengths": [8], "dilation_rates": [2], "process_group": ranks}
+    if ranks.index(dist.get_rank()) == 1:
+        arguments |= {
+            "segments": {"segment_lengths": [16]},
+            "rates": {"dilation_rates": [1]},
+            "offsets": {"head_offsets": "block"},
+            "causal": {"causal": False},
+            "refused": {"dilation_rates": [9]},
+        }[difference]
+    with pytest.raises(ValueError) as error:
+        wrap_dilated_attn_func(q, k, v, **arguments)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("difference", "message"),
+    [
+        ("segments", "ranks disagree on segment_lengths: rank 0 has [8], rank 1 has [16]"),
+        ("rates", "ranks disagree on dilation_rates: rank 0 has [2], rank 1 has [1]"),
+        ("offsets", "ranks disagree on head_offsets"),
+        ("causal", "ranks disagree on causal: rank 0 has True, rank 1 has False"),
+        ("refused", "rank 1 refused its call of wrap_dilated_attn_func: ValueError"),
+    ],
+)
+def test_ranks_that_disagree(pool, difference, message):
+    assert message in pool.run(2, disagree, difference)[0]
+
+
+# torch.library.
+
+
+def compiled_and_checked(ranks: list[int]) -> None:
+    """On one rank: compiled whole equals eager; opcheck; checkpointing that saves the op."""
+    case = Case((6, 6), (4, 9, 24), (2, 3, 1), heads=(4, 2))
+    q, k, v, dout, _ = case.inputs()
+    rows = case.rows(ranks.index(dist.get_rank()))
+    q, k, v, dout = (x[:, rows] for x in (q, k, v, dout))
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return 3 * wrap_dilated_attn_func(2 * q, k, v, [4, 9, 24], [2, 3, 1], process_group=ranks)
+
+    def results(function) -> list[Tensor]:
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    eager = results(model)
+    assert all(torch.equal(x, y) for x, y in zip(eager, results(compiled), strict=True))
+
+    def save_attention(_, op, *args, **kwargs) -> CheckpointPolicy:
+        saved = op is torch.ops.nnscaler_ring.dilated_attention.default
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    context_fn = partial(create_selective_checkpoint_contexts, save_attention)
+    messages = []
+    for options in (None, {}, {"context_fn": context_fn}):
+        before = nnscaler_ring.traffic(ranks)
+        if options is None:
+            again = results(model)
+        else:
+            again = results(partial(checkpoint, model, use_reentrant=False, **options))
+        messages.append((nnscaler_ring.traffic(ranks) - before).messages)
+        assert all(torch.equal(x, y) for x, y in zip(eager, again, strict=True))
+    assert messages[0] == messages[2] < messages[1]
+
+    options = DilatedOptions(
+        "wrap_dilated_attn_func", group_string(ranks), None, [4, 9], [2, 3], True, "mod", 0, 2,
+        0.5, "direct", "auto",
+    )  # fmt: skip
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.nnscaler_ring.dilated_attention, (*inputs, *options))
+
+
+def test_compile_checkpoint_opcheck(pool):
+    pool.run(2, compiled_and_checked, timeout=240)
+
+
+def test_meta_tensors():
+    q, k, v, *_ = (x.to("meta").requires_grad_() for x in Case((8,), (8,), (1,)).inputs())
+    out, lse = wrap_dilated_attn_func(q, k, v, [4, 8], [1, 2], return_lse=True)
+    assert out.is_meta and out.shape == (1, 8, 4, 4) and lse.shape == (1, 4, 8)
+    out.sum().backward()
+    assert q.grad is not None and q.grad.shape == q.shape

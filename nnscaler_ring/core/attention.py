@@ -144,6 +144,7 @@ def dilated_attention(
         scale = checks.check_scale(softmax_scale, q.shape[-1])
         checks.check_branches(segment_lengths, dilation_rates)
         offsets = checks.check_head_offsets(head_offsets, k.shape[-2])
+        assert offsets.num_kv_heads is not None, offsets  # filled in there
         if shard_lens is not None:
             world_size = find_place(group).world_size
             shard_lens = checks.check_shard_lens("shard_lens", shard_lens, world_size)

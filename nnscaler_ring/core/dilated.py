@@ -78,7 +78,7 @@ class WholeSegmentRows:
         view.add_(rows.reshape(view.shape))
 
     def _view(self, x: Tensor) -> Tensor:
-        start, count, length = self.segments
+        start, count, length = self.segments.start, self.segments.count, self.segments.length
         rows = x[:, start : start + count * length].unflatten(1, (count, length))
         (offset,) = self.group.offsets
         return rows[:, :, offset :: self.rate, self.group.heads]
@@ -237,10 +237,11 @@ def dilated_backward(
     """dq, dk, dv from the gradients of out and of softmax_lse."""
     heads = k.shape[2]
     dtype = accumulation_dtype(q.dtype)
-    grouped, dout, out = (_by_kv_head(x, heads) for x in (q, dout, out))
-    softmax_lse, dlse = (
-        None if x is None else _by_kv_head(x.transpose(1, 2), heads) for x in (softmax_lse, dlse)
+    grouped, dout, out, softmax_lse = (
+        _by_kv_head(x, heads) for x in (q, dout, out, softmax_lse.transpose(1, 2))
     )
+    if dlse is not None:
+        dlse = _by_kv_head(dlse.transpose(1, 2), heads)
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (grouped, k, v))
     for part in (*plan.shared, *(part for parts in plan.alone for part in parts)):
 

@@ -102,7 +102,8 @@ class Strip(NamedTuple):
         return slice(self.start, self.stop, self.step)
 
 
-class WholeSegments(NamedTuple):
+@dataclass(frozen=True)
+class WholeSegments:
     """`count` segments of `length` tokens, from row `start` of the shard on."""
 
     start: int

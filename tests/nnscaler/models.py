@@ -91,6 +91,17 @@ class BadCall(nn.Module):
         return wrap_ring_attn_func(q, k, v)
 
 
+class DilatedCall(nn.Module):
+    """One call of the dilated op."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return nnscaler_ring.wrap_dilated_attn_func(q, k, v, [6, 9, 40], [1, 2, 3], **self.options)
+
+
 class TwoCalls(nn.Module):
     """Two calls on the same q, which the emission must tell apart."""
 
