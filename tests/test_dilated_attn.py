@@ -402,7 +402,7 @@ def disagree(ranks: list[int], difference: str) -> str:
             "causal": {"causal": False},
             "refused": {"dilation_rates": [9]},
         }[difference]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="wrap_dilated_attn_func") as error:
         wrap_dilated_attn_func(q, k, v, **arguments)
     return str(error.value)
 
@@ -432,7 +432,10 @@ def compiled_and_checked(ranks: list[int]) -> None:
     q, k, v, dout = (x[:, rows] for x in (q, k, v, dout))
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return 3 * wrap_dilated_attn_func(2 * q, k, v, [4, 9, 24], [2, 3, 1], process_group=ranks)
+        out = wrap_dilated_attn_func(
+            2 * q, k, v, [4, 9, 24], [2, 3, 1], causal=False, process_group=ranks
+        )
+        return 3 * out
 
     def results(function) -> list[Tensor]:
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
