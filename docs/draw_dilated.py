@@ -1,4 +1,4 @@
-"""Draws docs/images/dilated.png: the matrix of dilated attention, from the tiles that ranks compute.
+"""Draws docs/images/dilated.png: dilated attention as a matrix, from the tiles of all ranks.
 
     python docs/draw_dilated.py
 
