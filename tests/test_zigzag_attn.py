@@ -13,6 +13,7 @@ from nnscaler_ring import (
     zigzag_unshard,
 )
 from tests.core.test_layout import contiguous_tokens, zigzag_tokens
+from tests.oracle import make_qkv
 
 DTYPES = (
     torch.float64,
@@ -192,3 +193,21 @@ def test_wrong_positions_and_layouts_are_refused():
     x = torch.randn(1, 4, 2, 4)
     with pytest.raises(ValueError, match="layout must be 'contiguous' or 'zigzag', got 'striped'"):
         wrap_zigzag_attn_func(x, x, x, layout="striped")
+
+
+def losses_that_differ(ranks: list[int]) -> str:
+    """On one rank: the error, where the first rank's loss alone uses the lse."""
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 1, 4, 4, 2, 2, 4))
+    out, lse = wrap_zigzag_attn_func(q, k, v, return_lse=True, process_group=ranks)
+    loss = out.sum() + (lse.sum() if torch.distributed.get_rank() == 0 else 0.0)
+    try:
+        loss.backward()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_losses_that_use_the_lse_on_some_ranks_are_refused(pool):
+    """Its rows move with those of the gradient: a rank without them would be waited for."""
+    for message in pool.run(2, losses_that_differ):
+        assert "whether the loss uses softmax_lse (add 0.0 * softmax_lse" in message

@@ -45,6 +45,7 @@ class Call:
     sinks: bool
     dropout_p: float
     dropout_seed: str
+    lse_gradient: bool | None
     caller_layout: str
     compute_layout: str
     exchange: str

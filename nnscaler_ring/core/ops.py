@@ -183,18 +183,18 @@ def attention_backward_op(
 ) -> tuple[Tensor, ...]:
     """Gradients in the caller's layout; q, k, v, out, softmax_lse, bias come in compute_layout."""
     extras, options = _split(others)
-    given = dlse.shape[-1] if dout is None and dlse is not None else dout.shape[-3]  # type: ignore[union-attr]
-    run = _prepare(given, q, k, v, extras, options)
+    rows = _query_rows(dout, dlse)
+    run = _prepare(rows, q, k, v, extras, options, lse_gradient=dlse is not None)
     transport = run.transport("backward")
     packed = q.dim() == 3
     if dout is None:
-        dout = out.new_zeros(*out.shape[:-3], given, *out.shape[-2:])
+        dout = out.new_zeros(*out.shape[:-3], rows, *out.shape[-2:])
     dout, q, k, v, out, softmax_lse = _dense(packed, dout, q, k, v, out, softmax_lse)
     if dlse is not None:
         (dlse,) = _dense(packed, dlse.to(softmax_lse.dtype))
     if run.plan.moves_in is not None:
-        rows = [(dout, 1), *([] if dlse is None else [(dlse, 2)])]
-        dout, *moved_dlse = move_rows(rows, run.plan.moves_in, transport)
+        tensors = [(dout, 1)] if dlse is None else [(dout, 1), (dlse, 2)]
+        dout, *moved_dlse = move_rows(tensors, run.plan.moves_in, transport)
         dlse = moved_dlse[0] if moved_dlse else None
     bias = _dense_bias(packed, extras.bias)
     dq, dk, dv, dbias, dsinks = attention_backward(
@@ -213,8 +213,8 @@ def attention_backward_op(
     if dbias is not None and bias is not None:
         dbias = dbias.to(bias.dtype)
     if run.plan.moves_out is not None:
-        rows = [(dq, 1), (dk, 1), (dv, 1), *([] if dbias is None else [(dbias, 2)])]
-        dq, dk, dv, *moved_dbias = move_rows(rows, run.plan.moves_out, transport)
+        tensors = [(dq, 1), (dk, 1), (dv, 1), *([] if dbias is None else [(dbias, 2)])]
+        dq, dk, dv, *moved_dbias = move_rows(tensors, run.plan.moves_out, transport)
         dbias = moved_dbias[0] if moved_dbias else None
     dq, dk, dv = _as_given(packed, dq, dk, dv)
     dbias = q.new_empty(0) if dbias is None else dbias
@@ -239,7 +239,7 @@ def _(
     *others: Any,
 ) -> tuple[Tensor, ...]:
     extras, options = _split(others)
-    rows = dlse.shape[-1] if dout is None and dlse is not None else dout.shape[-3]  # type: ignore[union-attr]
+    rows = _query_rows(dout, dlse)
     moved = options.caller_layout != options.compute_layout
     dq, dk, dv = (
         x.new_empty(*x.shape[:-3], rows if moved else x.shape[-3], *x.shape[-2:]) for x in (q, k, v)
@@ -369,14 +369,24 @@ class _Run(NamedTuple):
         )
 
 
-def _prepare(rows: int, q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -> _Run:
+def _prepare(
+    rows: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extras: Extras,
+    options: Options,
+    *,
+    lse_gradient: bool | None = None,
+) -> _Run:
     """Plan the call and agree on it with the other ranks; nothing has moved before that.
 
     `rows`: this rank's query rows as the caller holds them; q may have them as computed.
+    `lse_gradient`: whether a gradient of softmax_lse comes in; None in the forward pass.
     """
     place = find_place(options.group)
     with refusing_together(options.group, options.op):
-        call = _call(rows, q, k, v, extras, options, place)
+        call = _call(rows, q, k, v, extras, options, place, lse_gradient)
         kernel = select_kernel(options.kernel, _problem(call))
         plan = plan_call(call, place.block)
     agree(options.group, call, options.op, lambda: describe(call))
@@ -384,7 +394,14 @@ def _prepare(rows: int, q: Tensor, k: Tensor, v: Tensor, extras: Extras, options
 
 
 def _call(
-    rows: int, q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options, place: Place
+    rows: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extras: Extras,
+    options: Options,
+    place: Place,
+    lse_gradient: bool | None,
 ) -> Call:
     documents_q, documents_k = (
         None if cu is None else documents_of(cu)
@@ -420,6 +437,8 @@ def _call(
         sinks=extras.sinks is not None,
         dropout_p=options.dropout_p,
         dropout_seed="given" if options.same_seed else "drawn",
+        # Its rows move where the layouts differ; elsewhere it is each rank's own affair.
+        lse_gradient=lse_gradient if moved else None,
         caller_layout=options.caller_layout,
         compute_layout=options.compute_layout,
         exchange=options.exchange,
@@ -473,6 +492,14 @@ def _as_given(packed: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _dense_bias(packed: bool, bias: Tensor | None) -> Tensor | None:
     return bias.unsqueeze(0) if packed and bias is not None else bias
+
+
+def _query_rows(dout: Tensor | None, dlse: Tensor | None) -> int:
+    """This rank's query rows as the caller holds them: dout [..., rows, h, d], dlse [..., rows]."""
+    if dout is not None:
+        return dout.shape[-3]
+    assert dlse is not None
+    return dlse.shape[-1]
 
 
 def _split(others: Sequence[Any]) -> tuple[Extras, Options]:

@@ -404,7 +404,7 @@ def test_planning_grows_with_ranks_and_documents_per_rank(counters, name, tokens
     ranks = 64
     schedule = million_token_schedule(name, tokens=tokens, documents=documents)
     spans = len(schedule.q_layout.spans(rank))
-    DirectPlan(schedule, rank, backward_keys=tokens // ranks // 8)
+    DirectPlan(schedule, rank, tokens // ranks // 4, tokens // ranks // 8)
     calls = {what: counter.calls for what, counter in counters.items()}
     for what, count in calls.items():
         assert 0 < count <= 2 * (spans + ranks), (what, calls, spans)

@@ -94,6 +94,8 @@ def lose_a_rank(ranks: list[int]) -> dict[str, Attempt]:
     forward, backward = new_groups(ranks), new_groups(ranks)
     for way, group, size in forward:
         call(way, group, size)
+    for way, group, size in backward:
+        call(way, group, size).sum().backward()  # so that the next backward is an old plan
     outs = [(way, size, call(way, group, size)) for way, group, size in backward]
     fresh = dist.new_group(ranks)
     for group in (fresh, dist.group.WORLD):
