@@ -25,7 +25,9 @@ def read_long_description() -> str:
 CLI = ["click>=8.1", "rich>=13"]
 DEMO = [*CLI, "matplotlib>=3.8"]
 BENCH = [*CLI, "ring-attention-pytorch>=0.5.20"]
-TEST = [*DEMO, "hypothesis>=6.100", "pytest>=8"]
+# For examples/energy_forecasting: HTTP, and the time zones that a slim system lacks.
+ENERGY = [*DEMO, "requests>=2.32", "tzdata"]
+TEST = [*ENERGY, "hypothesis>=6.100", "pytest>=8"]
 LINT = ["mypy>=1.11", "ruff>=0.12"]
 
 setup(
@@ -39,12 +41,13 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["nnscaler_ring", "nnscaler_ring.*"]),
-    package_data={"nnscaler_ring": ["py.typed"]},
+    package_data={"nnscaler_ring": ["py.typed", "simulator/clusters/*.json"]},
     # Tested with 2.13; 2.9 is the first release whose fused CPU attention takes GQA.
     install_requires=["torch>=2.9"],
     extras_require={
         "cli": CLI,
         "demo": DEMO,
+        "energy": ENERGY,
         "bench": BENCH,
         "test": TEST,
         "lint": LINT,

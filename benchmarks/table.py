@@ -70,7 +70,7 @@ def _grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[R
 
 
 def _case(row: Row) -> tuple[str, str]:
-    case = row["parameters"]["work"]
+    case = row["parameters"].get("work", "one RingAttention(512, 8) layer")
     if row["part"] == "bytes":
         case += f", {row['parameters']['processes']} ranks"
     return row["part"], case
@@ -137,6 +137,13 @@ def _range(low: float, high: float) -> str:
     return shown[0] if shown[0] == shown[1] else "-".join(shown)
 
 
+def _memory_scaling_line(row: Row) -> tuple[str, ...]:
+    busiest = max(row["results"]["peak_bytes_by_rank"])
+    scores = row["results"]["computed_score_matrix_bytes"]
+    tokens, ranks = (str(row["parameters"][name]) for name in ("tokens", "ranks"))
+    return tokens, ranks, f"{busiest / MIB:.0f}", f"{scores / MIB:.0f}"
+
+
 def _peers_line(row: Row) -> tuple[str, ...]:
     if row["error"]:
         return (row["name"], "-", "-", row["error"].replace("|", "\\|"), "-")
@@ -154,6 +161,10 @@ def _dilated_line(row: Row) -> tuple[str, ...]:
 
 
 COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[Row], tuple[str, ...]]]] = {
+    "memory_scaling": (
+        ("tokens", "ranks", "peak MiB, busiest rank", "scores of all heads, computed MiB"),
+        _memory_scaling_line,
+    ),
     "speed": (
         (
             "contestant",

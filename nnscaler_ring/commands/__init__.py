@@ -5,9 +5,16 @@ from __future__ import annotations
 import click
 
 from nnscaler_ring import __version__
-from nnscaler_ring.commands import check, demo, info
+from nnscaler_ring.commands import bench, check, demo, info, plan, simulate
 
-COMMANDS: tuple[click.Command, ...] = (info.info, check.check, demo.demo)
+COMMANDS: tuple[click.Command, ...] = (
+    info.info,
+    check.check,
+    demo.demo,
+    plan.plan_command,
+    simulate.simulate,
+    bench.bench,
+)
 
 
 @click.group(commands={command.name or "": command for command in COMMANDS})

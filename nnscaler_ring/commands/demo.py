@@ -28,6 +28,9 @@ from nnscaler_ring.demo.run import (
 from nnscaler_ring.demo.shard import OPS
 from nnscaler_ring.demo.train import Step, TrainConfig
 
+EXAMPLE = "examples/energy_forecasting"
+"""Where the demonstration leads to, in the repository."""
+
 ROWS = 10
 """Steps that a table shows."""
 
@@ -107,6 +110,7 @@ def demo(
     for path in write_report(config, result, out, command):
         console.print(f"wrote {path}", highlight=False)
     console.print(f"\n[bold]{sentence(config, result)}[/]", highlight=False)
+    console.print(f"\nNext, a model on real data: {EXAMPLE}/README.md", highlight=False)
     if not result.is_equal:
         sys.exit(1)
 

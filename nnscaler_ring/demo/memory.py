@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +65,16 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
         with torch.profiler.profile(profile_memory=True) as profile:
             yield peak
         peak.bytes = _peak_of_tensors(profile)
+
+
+def count_tensor_bytes(run: Callable[[], object]) -> int:
+    """The largest sum of live tensor bytes that a run makes on the CPU, whatever malloc does."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+        gc.collect()
+    return _peak_of_tensors(profile)
 
 
 def _reset_resident_peak() -> bool:

@@ -96,6 +96,7 @@ def test_demo_writes_a_figure_and_numbers(monkeypatch, tmp_path):
     assert data["steps"][0]["loss_one_device"] == pytest.approx(math.log(256), rel=0.1)
     assert len(data["attention_bytes_sent_per_step"]) == 2
     assert data["versions"]["torch"]
+    assert "examples/energy_forecasting" in done.output
     for stage in ("one device", "2 ranks", "memory of attention, N = 1"):
         assert stage in done.output
 

@@ -1,0 +1,432 @@
+"""The commands: data, train, evaluate, forecast, ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from examples.energy_forecasting.config import EXCERPT, Config, config_from
+from examples.energy_forecasting.evaluation import (
+    anomalies,
+    check_origins,
+    collect,
+    forecast_on_rank,
+    score,
+)
+from examples.energy_forecasting.series import RESOLUTIONS, HourlySeries
+from examples.energy_forecasting.sources.csv_file import read_columns, read_csv
+from examples.energy_forecasting.splits import split
+from examples.energy_forecasting.training import Checkpoint
+from examples.energy_forecasting.training import train as train_on_rank
+from nnscaler_ring.launch import RankError, run_ranks
+from nnscaler_ring.machine import device_name, package_versions
+
+HERE = Path(__file__).parent
+EXCERPT_CSV = HERE / "data" / "us48_2024_excerpt.csv"
+RUGGLES = (
+    "EIA Form EIA-930, cleaned by Ruggles et al., Sci Data 7, 155 (2020), "
+    "doi:10.1038/s41597-020-0483-x; v1.4, doi:10.5281/zenodo.3517196; CC BY 4.0"
+)
+ATTRIBUTION = {
+    EXCERPT_CSV.name: RUGGLES,
+    "eia930_CONUS_2020_2024.csv": RUGGLES,
+    "eia930_CISO_2015_2020.csv": RUGGLES,
+}
+OUT = Path("energy")
+console = Console(soft_wrap=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def commands() -> None:
+    """Forecast electricity demand from a year or more of hourly context."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What went wrong as one line and exit code 1."""
+    try:
+        yield
+    except RankError as error:
+        raise click.ClickException(str(error).splitlines()[-1]) from error
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def series_options(command: Any) -> Any:
+    """Which series."""
+    options = [
+        click.option(
+            "--csv",
+            "csv_path",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="An hourly CSV file; without it the shipped excerpt.",
+        ),
+        click.option("--target", help="The column to forecast; the usual names are found."),
+        click.option("--channel", "channels", multiple=True, help="Another column to learn from."),
+        click.option(
+            "--join",
+            "joined",
+            multiple=True,
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Another CSV file; all its columns become channels.",
+        ),
+        click.option(
+            "--time-zone", default="UTC", show_default=True, help="Of times without an offset."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+ranks_option = click.option(
+    "--ranks", default=2, show_default=True, type=click.IntRange(1, 64), help="Processes."
+)
+checkpoint_option = click.option(
+    "--checkpoint",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=OUT / "checkpoint.pt",
+    show_default=True,
+)
+out_option = click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=OUT, show_default=True
+)
+
+
+def load(
+    csv_path: Path | None,
+    target: str | None,
+    channels: tuple[str, ...],
+    joined: tuple[Path, ...],
+    time_zone: str,
+) -> HourlySeries:
+    """The series, with a word on its quality."""
+    series = read_csv(
+        csv_path or EXCERPT_CSV, target=target, channels=channels, time_zone=time_zone
+    )
+    for path in joined:
+        series = series.with_columns(read_columns(path, time_zone=time_zone))
+    console.print(f"{series.source}: {series.quality.sentence()}", highlight=False)
+    return series
+
+
+@commands.command()
+@click.argument("source", type=click.Choice(["eia", "caiso", "csv", "gridstatus"]))
+@click.option("--region", help="EIA region (US48), CAISO area or price node, or gridstatus's ISO.")
+@click.option("--start", help="First hour, UTC, for example 2020-01-01.")
+@click.option("--end", help="First hour that is not wanted.")
+@click.option(
+    "--what",
+    type=click.Choice(["demand", "generation", "subregions", "price"]),
+    default="demand",
+    show_default=True,
+)
+@click.option("--resolution", type=click.Choice(list(RESOLUTIONS)), default="hourly")
+@series_options
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
+def data(
+    source: str,
+    region: str | None,
+    start: str | None,
+    end: str | None,
+    what: str,
+    resolution: str,
+    out: Path,
+    **given: Any,
+) -> None:
+    """Fetch or clean a series, and write it as CSV."""
+    with plain_errors():
+        if source == "csv":
+            series = load(**given)
+        else:
+            if start is None or end is None:
+                raise ValueError(f"--start and --end must be given for {source}.")
+            series = fetch(source, region, start, end, what)
+            console.print(f"{series.source}: {series.quality.sentence()}", highlight=False)
+        series.write_csv(out, resolution)
+    console.print(f"wrote {out}")
+
+
+def fetch(source: str, region: str | None, start: str, end: str, what: str) -> HourlySeries:
+    """From a source on the network.
+
+    Raises:
+        ValueError: the source does not have that.
+    """
+    from examples.energy_forecasting.sources.caiso import NORTHERN_HUB, WHOLE_AREA, CAISOClient
+    from examples.energy_forecasting.sources.eia import EIAClient
+    from examples.energy_forecasting.sources.gridstatus_source import get_load
+
+    match source, what:
+        case "eia", "demand":
+            return EIAClient().get_electricity_demand(region or "US48", start, end)
+        case "eia", "generation":
+            return EIAClient().get_generation_mix(region or "US48", start, end)
+        case "eia", "subregions":
+            return EIAClient().get_subregion_demand(region or "CISO", start, end)
+        case "caiso", "demand":
+            return CAISOClient().get_electricity_demand(start, end, region or WHOLE_AREA)
+        case "caiso", "price":
+            return CAISOClient().get_price(start, end, region or NORTHERN_HUB)
+        case "gridstatus", "demand":
+            return get_load(region or "CAISO", start, end)
+    raise ValueError(f"--what {what} must be something that {source} has.")
+
+
+@commands.command()
+@series_options
+@ranks_option
+@checkpoint_option
+@click.option(
+    "--context", type=int, help="Hours that the model sees; a year, six weeks of the excerpt."
+)
+@click.option("--steps", type=int, help="Training steps.")
+@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--clocks", help="IANA zone whose clocks people follow; America/New_York.")
+@click.option("--max-minutes", type=float, default=float("inf"), help="Stop, to be resumed.")
+@click.option("--excerpt", is_flag=True, help="The settings of the excerpt, for short series.")
+def train(
+    ranks: int,
+    checkpoint: Path,
+    context: int | None,
+    steps: int | None,
+    seed: int,
+    clocks: str | None,
+    max_minutes: float,
+    excerpt: bool,
+    **given: Any,
+) -> None:
+    """Train, or go on training where a checkpoint is."""
+    with plain_errors():
+        series = load(**given)
+        config = EXCERPT if excerpt or given["csv_path"] is None else Config()
+        changes = {"context": context, "steps": steps, "time_zone": clocks}
+        given_changes: dict[str, Any] = {
+            name: value for name, value in changes.items() if value is not None
+        }
+        config = replace(config, seed=seed, **given_changes)
+        check_config(config)
+        split(series, config)
+        with Progress(console=console) as progress:
+            task = progress.add_task("training", total=config.steps)
+
+            def show(rank: int, value: Any) -> None:
+                step, loss, validation = value
+                if rank == 0:
+                    progress.update(task, completed=step)
+                    if validation:
+                        progress.console.print(
+                            f"step {step}: loss {loss:.4f}, validation {validation[0][1]:.4f}",
+                            highlight=False,
+                        )
+
+            saved = run_ranks(
+                ranks,
+                train_on_rank,
+                series,
+                config,
+                checkpoint,
+                60 * max_minutes,
+                this_command(),
+                on_report=show,
+                timeout_seconds=600,
+            )[0]
+    done = "done" if saved.step == config.steps else "stopped, run again to go on"
+    console.print(f"{checkpoint}: step {saved.step} of {config.steps} ({done})", highlight=False)
+
+
+def check_config(config: Config) -> None:
+    """What a command line can get wrong."""
+    if config.context < config.recent:
+        raise ValueError(f"--context must be at least {config.recent}, got {config.context}.")
+    if config.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {config.steps}.")
+
+
+@commands.command()
+@series_options
+@ranks_option
+@checkpoint_option
+@out_option
+def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
+    """Score the test's daily origins; write results.json and report.html."""
+    with plain_errors():
+        from examples.energy_forecasting.report import write_html
+
+        series = load(**given)
+        saved = Checkpoint.load(checkpoint)
+        config = config_from(saved.config)
+        parts = split(series, config)
+        origins = [parts.validation, parts.test]
+        check_origins(series, saved, parts.validation)
+        with Progress(console=console) as progress:
+            task = progress.add_task("forecasting", total=sum(map(len, origins)))
+            by_rank = run_ranks(
+                ranks,
+                forecast_on_rank,
+                series,
+                saved,
+                origins,
+                on_report=lambda rank, count: progress.advance(task, count),
+                timeout_seconds=600,
+            )
+        validation, test = (
+            collect(series, saved, part, [found[n] for found in by_rank])
+            for n, part in enumerate(origins)
+        )
+        found = anomalies(validation, test, config)
+        results: dict[str, Any] = {
+            "series": series.source,
+            "horizons": score(validation, test, config),
+            "anomalous_hours": len(found),
+            "anomalies": found[:50],
+            "training": {
+                "command": saved.command,
+                "ranks": saved.ranks,
+                "steps": saved.step,
+                "seconds": round(saved.seconds, 1),
+                "losses": saved.losses,
+                "validation": saved.validation,
+            },
+            "config": saved.config,
+            "provenance": provenance(series),
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+        write_whole(out / "report.html", write_html(results, test, found, config))
+    show_scores(results["horizons"])
+    console.print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
+
+
+def provenance(series: HourlySeries) -> dict[str, Any]:
+    """What a number needs beside it."""
+    return {
+        "command": this_command(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name("cpu"),
+        "versions": package_versions() | {"numpy": np.__version__},
+        "data": asdict(series.quality)
+        | {"source": series.source, "attribution": ATTRIBUTION.get(series.source)},
+    }
+
+
+def this_command() -> str:
+    """The command line, as one can type it again."""
+    return shlex.join(["python", "-m", "examples.energy_forecasting", *sys.argv[1:]])
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All or nothing."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def show_scores(scores: dict[str, Any]) -> None:
+    """The table on the screen."""
+    table = Table("horizon", "skill", "95 %", "1 - MAPE", "best naive", "its own", box=SIMPLE)
+    for horizon, found in scores.items():
+        low, high = found["skill_95_percent"]
+        table.add_row(
+            f"{horizon} h",
+            f"{found['skill']:+.3f}",
+            f"{low:+.3f} {high:+.3f}",
+            f"{found['model']['one_minus_mape']:.2%}",
+            found["best_naive"],
+            f"{found['naives'][found['best_naive']]['one_minus_mape']:.2%}",
+        )
+    console.print(table)
+
+
+@commands.command("ranks")
+@series_options
+@click.option("--context", default=35_040, show_default=True, help="Hours, to measure memory at.")
+@click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="To compare.")
+@out_option
+def compare(context: int, steps: int, out: Path, **given: Any) -> None:
+    """The same training on 1, 2 and 4 ranks: losses, forecasts, and the memory of a rank."""
+    with plain_errors():
+        from examples.energy_forecasting.plots import memory_figure, png
+        from examples.energy_forecasting.same_on_ranks import compare_ranks
+
+        series = load(**given)
+        config = EXCERPT if given["csv_path"] is None else Config()
+        results = compare_ranks(series, config, steps, context)
+        results["provenance"] = provenance(series)
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "ranks.json", json.dumps(results, indent=1) + "\n")
+        (out / "memory.png").write_bytes(png(memory_figure(results["memory"])))
+    table = Table("ranks", "loss, relative", "in float64", "forecast, MW", "MiB, busiest rank")
+    for same, memory in zip(results["same"], results["memory"]["by_ranks"], strict=True):
+        table.add_row(
+            f"{same['ranks']}",
+            f"{same['largest_relative_difference_of_a_loss']:.1e}",
+            f"{same['largest_relative_difference_in_float64']:.1e}",
+            f"{same['largest_difference_of_a_forecast']:.2g}",
+            f"{max(memory['peak_bytes']) / 2**20:.0f}",
+        )
+    console.print(table)
+    console.print(f"wrote {out / 'ranks.json'} and memory.png")
+
+
+@commands.command()
+@series_options
+@ranks_option
+@checkpoint_option
+@out_option
+def forecast(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
+    """Forecast from the series' last 00:00 UTC on; write forecast.csv and forecast.png."""
+    with plain_errors():
+        from examples.energy_forecasting.plots import forecast_figure, png
+
+        series = load(**given)
+        saved = Checkpoint.load(checkpoint)
+        config = config_from(saved.config)
+        days = (series.start + np.array([len(series)]) * np.timedelta64(1, "h")).astype(
+            "datetime64[D]"
+        )
+        origin = int((days[0] - series.start) / np.timedelta64(1, "h"))
+        check_origins(series, saved, range(origin, origin + 1))
+        by_rank = run_ranks(
+            ranks,
+            forecast_on_rank,
+            series,
+            saved,
+            [range(origin, origin + 1)],
+            timeout_seconds=600,
+        )
+        (quantiles,) = [x for found in by_rank for x in found[0].values()]
+        start = series.start + origin * np.timedelta64(1, "h")
+        names = [f"quantile_{level:g}" for level in config.model.quantiles]
+        columns = {name: quantiles[:, n] for n, name in enumerate(names)}
+        times = start + np.arange(len(quantiles)) * np.timedelta64(1, "h")
+        HourlySeries.from_rows(times, columns, "forecast").write_csv(out / "forecast.csv")
+        known = series.target[max(0, origin - 168) : origin]
+        image = png(forecast_figure(start, quantiles, config, past=known))
+        (out / "forecast.png").write_bytes(image)
+    console.print(f"forecast from {start} UTC: wrote {out / 'forecast.csv'} and forecast.png")
+
+
+@commands.command()
+def results() -> None:
+    """Print the README's tables from results/*.json."""
+    from examples.energy_forecasting.summary import markdown
+
+    click.echo(markdown(), nl=False)

@@ -1,0 +1,1 @@
+"""Where hourly series come from: EIA, CAISO, plain CSV, and optionally gridstatus."""

@@ -1,0 +1,138 @@
+"""Plain CSV, local or UTC times, any column names."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import numpy as np
+
+from examples.energy_forecasting.series import TIME, HourlySeries
+
+TIME_COLUMNS = (TIME, "date_time", "datetime", "time", "timestamp", "period")
+TARGET_COLUMNS = ("demand", "cleaned demand (MW)", "demand_mw", "load", "value")
+MISSING = ("", "missing", "empty", "na", "nan", "null", "none")
+FLAG, GOOD = "category", "OKAY"
+"""Imputed values that the published EIA files flag in a column; they count as missing."""
+
+
+def read_csv(
+    path: Path,
+    *,
+    time_column: str | None = None,
+    target: str | None = None,
+    channels: Sequence[str] = (),
+    time_zone: str = "UTC",
+) -> HourlySeries:
+    """An hourly CSV file.
+
+    Args:
+        time_column: None finds one of the usual names.
+        target: the column to forecast; None finds one of the usual names.
+        channels: more columns to keep.
+        time_zone: of times without an offset, such as "America/Los_Angeles". Where clocks go back
+            an hour comes twice: the first is daylight-saving time.
+
+    Raises:
+        ValueError: no rows, a missing column, a time or a number that cannot be read.
+    """
+    names = _names(path)
+    target = _find(path, "target", target, TARGET_COLUMNS, names)
+    for channel in channels:
+        _find(path, "channels", channel, (), names)
+    series = _read(path, time_column, [target, *(c for c in channels if c != target)], time_zone)
+    columns = dict(series.columns)
+    return replace(series, columns={"demand": columns.pop(target), **columns})
+
+
+def read_columns(path: Path, *, time_zone: str = "UTC") -> HourlySeries:
+    """Every column of an hourly CSV file beside the time, under its own name.
+
+    Raises:
+        ValueError: as `read_csv`.
+    """
+    time_column = _find(path, "time_column", None, TIME_COLUMNS, _names(path))
+    return _read(path, time_column, [n for n in _names(path) if n != time_column], time_zone)
+
+
+def _names(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file).fieldnames or [])
+
+
+def _read(
+    path: Path, time_column: str | None, wanted: Sequence[str], time_zone: str
+) -> HourlySeries:
+    """Some columns; the first is what FLAG speaks of."""
+    try:
+        zone = ZoneInfo(time_zone)
+    except (ZoneInfoNotFoundError, ValueError):
+        raise ValueError(
+            f"time_zone must be an IANA name such as 'America/New_York', got {time_zone!r}."
+        ) from None
+    time_column = _find(path, "time_column", time_column, TIME_COLUMNS, _names(path))
+    times: list[np.datetime64] = []
+    columns: dict[str, list[float]] = {name: [] for name in wanted}
+    seen: set[datetime] = set()
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            where = f"{path.name} line {reader.line_num}"
+            times.append(_time(row[time_column] or "", zone, seen, where))
+            for name in wanted:
+                columns[name].append(_number(row[name], name, where))
+            if row.get(FLAG, GOOD) not in (GOOD, None, ""):
+                columns[wanted[0]][-1] = np.nan
+    arrays = {name: np.array(values) for name, values in columns.items()}
+    return HourlySeries.from_rows(times, arrays, path.name)
+
+
+def _find(
+    path: Path, argument: str, name: str | None, usual: Sequence[str], names: list[str]
+) -> str:
+    found = [n for n in ((name,) if name else usual) if n in names]
+    if not found:
+        wanted = repr(name) if name else f"one of {list(usual)}"
+        raise ValueError(f"{argument} must be a column of {path.name}, {names}, got {wanted}.")
+    return found[0]
+
+
+def _time(text: str, zone: ZoneInfo, seen: set[datetime], where: str) -> np.datetime64:
+    try:
+        time = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise ValueError(
+            f"times must be like '2024-01-31 05:00', got {text!r} in {where}."
+        ) from None
+    if time.tzinfo is None:
+        time = time.replace(tzinfo=zone, fold=int(time in seen and _is_twice(time, zone)))
+        seen.add(time.replace(tzinfo=None, fold=0))
+    utc = time.astimezone(timezone.utc)
+    if (
+        utc.astimezone(zone).replace(tzinfo=None) != time.replace(tzinfo=None)
+        and time.tzinfo is zone
+    ):
+        raise ValueError(
+            f"{text!r} in {where} does not exist in {zone.key}: clocks go forward then."
+        )
+    return np.datetime64(utc.replace(tzinfo=None), "s")
+
+
+def _is_twice(time: datetime, zone: ZoneInfo) -> bool:
+    offsets: set[timedelta | None] = {
+        time.replace(tzinfo=zone, fold=fold).utcoffset() for fold in (0, 1)
+    }
+    return len(offsets) == 2
+
+
+def _number(text: str | None, name: str, where: str) -> float:
+    if text is None or text.strip().lower() in MISSING:
+        return np.nan
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name} must hold numbers, got {text!r} in {where}.") from None

@@ -1,0 +1,92 @@
+"""`nnscaler-ring bench`: what this machine does, for the simulator's predictions."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nnscaler_ring.calibrate import CASES, DTYPES, calibrate, compare
+from nnscaler_ring.commands.options import rank_errors
+from nnscaler_ring.machine import device_name, package_versions
+from nnscaler_ring.simulator.planner import gigabytes
+
+
+@click.command()
+@click.option(
+    "--calibrate",
+    "wanted",
+    is_flag=True,
+    required=True,
+    help="Measure kernels and messages of two CPU ranks, and compare predictions with runs.",
+)
+@click.option(
+    "--out",
+    default=Path("this_machine.json"),
+    show_default=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The cluster's file, for plan --device and simulate --cluster.",
+)
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A JSON file for predictions beside measurements.",
+)
+@click.option("--cases", default=len(CASES), type=click.IntRange(1), help="Compare only so many.")
+def bench(wanted: bool, out: Path, report: Path | None, cases: int) -> None:
+    """Measure this machine for the simulator; benchmarks/ has the benchmarks of the library."""
+    console = Console()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    chosen = CASES[:cases]
+    with (
+        rank_errors(),
+        Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress,
+    ):
+        task = progress.add_task("measuring", total=len(DTYPES) + 1 + len(chosen))
+
+        def advance(what: str) -> None:
+            progress.update(task, advance=1, description=what)
+
+        cluster = calibrate(advance)
+        out.write_text(json.dumps(cluster.to_json(), indent=2) + "\n", encoding="utf-8")
+        rows = compare(cluster, chosen, advance)
+    console.print(_table(rows))
+    console.print(f"wrote {out}", highlight=False)
+    if report:
+        record = {
+            "command": shlex.join(["nnscaler-ring", *sys.argv[1:]]),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "device": device_name("cpu"),
+            "versions": package_versions(),
+            "cluster": cluster.to_json(),
+            "rows": rows,
+        }
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        console.print(f"wrote {report}", highlight=False)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("case", box=None, pad_edge=False)
+    for name in ("step", "predicted", "error", "sent", "memory", "error"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        exact = row["sent_bytes"] == row["predicted_sent_bytes"]
+        table.add_row(
+            row["case"],
+            f"{row['measured_seconds']['step'] * 1e3:.0f} ms",
+            f"{row['predicted_seconds']['step'] * 1e3:.0f} ms",
+            f"{row['step_error']:+.0%}",
+            "as predicted" if exact else "DIFFERS",
+            gigabytes(row["counted_memory_bytes"]),
+            f"{row['memory_error']:+.1%}",
+        )
+    return table

@@ -1,0 +1,17 @@
+"""Projections from the residual stream to attention heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def to_heads(x: Tensor, linear: nn.Linear, num_heads: int) -> Tensor:
+    """`linear(x)` split into heads: [batch, tokens, width] -> [batch, tokens, heads, head_dim].
+
+    The weight is split instead of the result, whose shape is never read: nnScaler gathers whatever
+    has its shape read.
+    """
+    weight = linear.weight.view(num_heads, -1, linear.in_features)
+    heads = torch.einsum("b t c, h d c -> b t h d", x, weight)
+    return heads if linear.bias is None else heads + linear.bias.view(num_heads, -1)

@@ -1,0 +1,171 @@
+"""Ring attention on one device: the order of the ring without the ranks.
+
+The sequence is cut into chunks. Each chunk of queries attends to its own chunk of keys first, then
+to the one before it, and so on around the ring; partial results are merged as on ranks. For looking
+at the ring, and for models that say how many chunks they want: values and gradients do not depend
+on the number. nnScaler gathers the sequence for it, with a warning: there, leave `ring_size` out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnscaler_ring.core.checks import check_dropout_p, check_qkv, check_scale
+from nnscaler_ring.core.dropout import Dropout, seed_tensor
+from nnscaler_ring.core.engine import attention_backward, attention_forward
+from nnscaler_ring.core.exchange import GradientStep, Keys
+from nnscaler_ring.core.kernels import AttentionKernel, Problem, select_kernel
+from nnscaler_ring.core.layout import Contiguous
+from nnscaler_ring.core.row_sum import RowSum
+from nnscaler_ring.core.schedule import CAUSAL, FULL, Schedule
+from nnscaler_ring.core.scores import Scores
+
+
+def local_ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    chunks: int,
+    causal: bool = True,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attention to a whole sequence on this device, in the order of a ring of `chunks` devices.
+
+    Args:
+        q: [batch, tokens, num_heads, head_dim].
+        k, v: [batch, tokens, num_kv_heads, head_dim]; num_kv_heads divides num_heads.
+        chunks: at least 1; chunk c is tokens `[c*T//chunks, (c+1)*T//chunks)`.
+        causal: a query sees no later key.
+        dropout_p: dropout of probabilities, with the mask that `wrap_ring_attn_func` draws.
+
+    Returns:
+        out, as q. Memory beside q, k, v, out and their gradients is O(tokens / chunks).
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+    """
+    if chunks < 1:
+        raise ValueError(f"chunks must be at least 1, got {chunks}.")
+    check_qkv(q, k, v, packed=False)
+    out: Tensor = _LocalRing.apply(q, k, v, chunks, causal, check_dropout_p(dropout_p))
+    return out
+
+
+class _LocalRing(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        chunks: int,
+        causal: bool,
+        dropout_p: float,
+    ) -> Tensor:
+        ring = _Ring(q, k, v, chunks, causal, dropout_p)
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        lse = []
+        for block, rows in enumerate(ring.rows):
+            out[:, rows], block_lse = attention_forward(
+                q[:, rows],
+                k,
+                v,
+                exchange=_Order(ring, block),
+                kernel=ring.kernel,
+                scores=ring.scores(block),
+            )
+            lse.append(block_lse)
+        ctx.save_for_backward(q, k, v, out, *lse)
+        ctx.ring = ring
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *lse = ctx.saved_tensors
+        ring = ctx.ring
+        dq, dk, dv = torch.empty_like(q), RowSum(k), RowSum(v)
+        for block, rows in enumerate(ring.rows):
+            dq[:, rows], *_ = attention_backward(
+                dout[:, rows],
+                None,
+                q[:, rows],
+                k,
+                v,
+                out[:, rows],
+                lse[block],
+                exchange=_Order(ring, block, dk, dv),
+                kernel=ring.kernel,
+                scores=ring.scores(block),
+            )
+        return dq, dk.current().to(k.dtype), dv.current().to(v.dtype), None, None, None
+
+
+class _Ring:
+    """The chunks, and the tiles between them."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, chunks: int, causal: bool, dropout_p: float
+    ) -> None:
+        edges = [chunk * q.shape[1] // chunks for chunk in range(chunks + 1)]
+        layout = Contiguous(tuple(b - a for a, b in pairwise(edges)))
+        self.rows = [slice(a, b) for a, b in pairwise(edges)]
+        self.schedule = Schedule(layout, layout, CAUSAL if causal else FULL)
+        self.scale = check_scale(None, q.shape[-1])
+        seed = seed_tensor(dropout_p, None)
+        self.dropout = None if seed is None else Dropout(dropout_p, seed, 0, 0)
+        problem = Problem(
+            q.device.type,
+            q.dtype,
+            q.shape[2],
+            k.shape[2],
+            q.shape[3],
+            v.shape[3],
+            dropout=dropout_p > 0,
+        )
+        self.kernel: AttentionKernel = select_kernel("auto", problem)
+
+    def scores(self, block: int) -> Scores:
+        """How the queries of a chunk compute their scores."""
+        return Scores(self.scale, self.schedule, block, dropout=self.dropout)
+
+
+class _Order:
+    """The exchange of one chunk: its own keys, then those of the chunk before, and so on around.
+
+    Nothing travels. `dk` and `dv` are the sums over all chunks.
+    """
+
+    def __init__(
+        self, ring: _Ring, block: int, dk: RowSum | None = None, dv: RowSum | None = None
+    ) -> None:
+        self._ring, self._block = ring, block
+        self._dk, self._dv = dk, dv
+
+    def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
+        chunks = len(self._ring.rows)
+        for distance in range(chunks):
+            source = (self._block - distance) % chunks
+            rows = self._ring.rows[source]
+            tiles = self._ring.schedule.tiles(self._block, (source,))
+            yield Keys(k[:, rows], v[:, rows], tiles, ((source, 0, rows.stop - rows.start),))
+
+    def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
+        assert self._dk is not None and self._dv is not None
+        chunks = len(self._ring.rows)
+        for distance, keys in enumerate(self.steps(k, v)):
+            step = GradientStep(*keys, RowSum(keys.k), RowSum(keys.v))
+            yield step
+            rows = self._ring.rows[(self._block - distance) % chunks]
+            if keys.tiles:
+                self._dk.add_(rows, step.dk.current())
+                self._dv.add_(rows, step.dv.current())
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        assert self._dk is not None and self._dv is not None
+        return self._dk.current(), self._dv.current()

@@ -1,0 +1,111 @@
+"""Causal self-attention of a decoder: grouped heads and rotary positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from nnscaler_ring.models.heads import to_heads
+from nnscaler_ring.models.rope import Rotation, rotate
+from nnscaler_ring.ring_attn import wrap_ring_attn_func
+from nnscaler_ring.zigzag_attn import wrap_zigzag_attn_func
+
+if TYPE_CHECKING:
+    from nnscaler_ring.core.groups import ProcessGroupLike
+
+LAYOUTS = ("contiguous", "zigzag", "zigzag order")
+"""How ranks share a sequence. "contiguous": contiguous shards and `wrap_ring_attn_func`. "zigzag":
+contiguous shards and `wrap_zigzag_attn_func`, which balances the work and moves rows of q.
+"zigzag order": the caller holds two zigzag chunks, nothing but K and V moves."""
+
+
+class SelfAttention(nn.Module):
+    """Causal grouped-query attention with RoPE, without biases.
+
+    Args:
+        width: channels of the input and of the result.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; divides num_heads.
+        head_dim: channels of a head; even.
+        layout: one of `LAYOUTS`.
+        window: keys that a query sees before itself, in tokens; None is all.
+        dropout_p: dropout of attention probabilities, while training.
+        process_group: None, or the ranks that share the sequence, in block order.
+
+    Source: Ainslie et al., "GQA", arXiv 2305.13245.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        layout: str = "zigzag",
+        window: int | None = None,
+        dropout_p: float = 0.0,
+        exchange: str = "direct",
+        process_group: ProcessGroupLike | None = None,
+    ) -> None:
+        super().__init__()
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}.")
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads, {num_heads}, got {num_kv_heads}."
+            )
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim must be even for RoPE, got {head_dim}.")
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.layout, self.window, self.dropout_p = layout, window, dropout_p
+        self.exchange, self.process_group = exchange, process_group
+        self.to_q = nn.Linear(width, num_heads * head_dim, bias=False)
+        self.to_k = nn.Linear(width, num_kv_heads * head_dim, bias=False)
+        self.to_v = nn.Linear(width, num_kv_heads * head_dim, bias=False)
+        self.from_heads = nn.Linear(num_heads * head_dim, width, bias=False)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, shard_lens: Sequence[int] | None = None
+    ) -> Tensor:
+        """x [batch, tokens, width] of this rank -> the same shape.
+
+        Args:
+            rotation: `rope_rotation` at the tokens' positions in the whole sequence.
+            shard_lens: tokens that each block holds, where they differ.
+        """
+        q = rotate(to_heads(x, self.to_q, self.num_heads), rotation)
+        k = rotate(to_heads(x, self.to_k, self.num_kv_heads), rotation)
+        v = to_heads(x, self.to_v, self.num_kv_heads)
+        return self.from_heads(self._attend(q, k, v, shard_lens).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, shard_lens: Sequence[int] | None) -> Any:
+        # Called by name, because nnScaler finds ops by name.
+        dropout_p = self.dropout_p if self.training else 0.0
+        window_size = (-1 if self.window is None else self.window, 0)
+        if self.layout == "contiguous":
+            out = wrap_ring_attn_func(
+                q,
+                k,
+                v,
+                dropout_p=dropout_p,
+                window_size=window_size,
+                process_group=self.process_group,
+                shard_lens=shard_lens,
+                exchange=self.exchange,
+            )
+        else:
+            out = wrap_zigzag_attn_func(
+                q,
+                k,
+                v,
+                dropout_p=dropout_p,
+                window_size=window_size,
+                process_group=self.process_group,
+                shard_lens=shard_lens,
+                exchange=self.exchange,
+                layout="contiguous" if self.layout == "zigzag" else "zigzag",
+            )
+        return out

@@ -1,0 +1,108 @@
+"""One attention call over simulated ranks: everything that its tiles, bytes and results follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from nnscaler_ring.core.checks import check_cu_seqlens_values, check_shard_lens
+from nnscaler_ring.core.exchange import EXCHANGES
+from nnscaler_ring.core.layout import LAYOUTS, PackedDocuments, SequenceLayout
+from nnscaler_ring.core.schedule import CAUSAL, Mask, Rows, Schedule
+from nnscaler_ring.simulator.sizes import Sizes
+
+
+@dataclass(frozen=True)
+class SimulatedCall:
+    """One attention call over `ranks` simulated ranks; `wrap_*_attn_func` documents the rest.
+
+    Args:
+        tokens: of the whole sequence.
+        sizes: heads, head dims, batch and dtype.
+        mask: in tokens; `Mask.from_window(causal, window_size)` takes the public arguments.
+        q_layout: how queries are spread over the ranks: a name in `LAYOUTS`, or any layout.
+        k_layout: likewise for keys and values; None: as the queries.
+        exchange: a name in `EXCHANGES`.
+        shard_lens: tokens of every contiguous shard; None: as equal as they can be.
+        cu_seqlens: packed documents, the same for queries and keys; None: one document.
+        softmax_scale: None: 1/sqrt(head_dim).
+
+    Raises:
+        ValueError: an argument that cannot be, with the rule and the remedy.
+    """
+
+    tokens: int
+    ranks: int
+    sizes: Sizes
+    mask: Mask = CAUSAL
+    q_layout: str | SequenceLayout = "contiguous"
+    k_layout: str | SequenceLayout | None = None
+    exchange: str = "direct"
+    kernel: str = "auto"
+    shard_lens: tuple[int, ...] | None = None
+    cu_seqlens: tuple[int, ...] | None = None
+    softmax_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ValueError(f"ranks must be at least 1, got {self.ranks}.")
+        if self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {self.tokens}.")
+        if self.exchange not in EXCHANGES:
+            raise ValueError(f"exchange must be one of {(*EXCHANGES,)}, got {self.exchange!r}.")
+        for name in (self.q_layout, self.k_layout):
+            if isinstance(name, str) and name not in LAYOUTS:
+                raise ValueError(f"layouts must be among {(*LAYOUTS,)}, got {name!r}.")
+        if self.shard_lens is not None:
+            check_shard_lens("shard_lens", self.shard_lens, self.ranks)
+            if sum(self.shard_lens) != self.tokens:
+                raise ValueError(
+                    f"shard_lens must add up to tokens={self.tokens}, got {sum(self.shard_lens)}."
+                )
+        if self.cu_seqlens is not None:
+            check_cu_seqlens_values("cu_seqlens", self.cu_seqlens, self.tokens)
+
+    @property
+    def scale(self) -> float:
+        """The softmax scale that is used."""
+        return self.sizes.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The tiles of all ranks."""
+        held = self._layout(self.q_layout)
+        keys = held if self.k_layout is None else self._layout(self.k_layout)
+        return Schedule(held, keys, self.mask)
+
+    def tokens_of(self, layout: SequenceLayout, rank: int, rows: Rows | None = None) -> Tensor:
+        """Where in the whole sequence some of a rank's rows stand: int64 [rows]; None: all."""
+        base = layout.tokens if isinstance(layout, PackedDocuments) else layout
+        wanted = ((0, layout.shard_lens[rank]),) if rows is None else rows
+        runs = [torch.arange(0)]
+        for span in base.spans(rank):
+            for start, stop in wanted:
+                first, last = max(start - span.row, 0), min(stop - span.row, span.length)
+                if first < last:
+                    run = torch.arange(first, last)
+                    runs.append(run.mul_(span.stride).add_(span.position))
+        return torch.cat(runs)
+
+    def _layout(self, chosen: str | SequenceLayout) -> SequenceLayout:
+        if not isinstance(chosen, str):
+            return chosen
+        lens = equal_shards(self.tokens, self.ranks) if self.shard_lens is None else self.shard_lens
+        layout: SequenceLayout = LAYOUTS[chosen].for_shards(lens)
+        if self.cu_seqlens is None:
+            return layout
+        return PackedDocuments(layout, self.cu_seqlens, self.cu_seqlens)
+
+
+@lru_cache(maxsize=64)
+def equal_shards(tokens: int, ranks: int) -> tuple[int, ...]:
+    """Contiguous shards that differ by one token at most."""
+    edges = (rank * tokens // ranks for rank in range(ranks + 1))
+    return tuple(stop - start for start, stop in pairwise(edges))

@@ -1,0 +1,320 @@
+"""What a run would take: memory, bytes and time of every strategy, and how few ranks would do.
+
+Note [A plan's shortcuts]
+    Memory depends on a rank's share and on a few steps: it is foretold for a small group of ranks
+    with shares of the same length. Time is that of the first, the middle and the last rank, each
+    beside peers that are like it, the slowest counting; causal contiguous work, where they differ
+    most, is bound by the last rank, whose senders are done before it needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from nnscaler_ring.core.exchange import Sent
+from nnscaler_ring.core.schedule import Mask
+from nnscaler_ring.simulator.call import SimulatedCall
+from nnscaler_ring.simulator.cluster import Cluster
+from nnscaler_ring.simulator.memory import KernelTraits, Memory, predict_memory, traits_of
+from nnscaler_ring.simulator.sizes import SentBytes, Sizes
+from nnscaler_ring.simulator.timeline import (
+    RankTimeline,
+    Timeline,
+    gather_then_compute,
+    run_steps,
+)
+from nnscaler_ring.simulator.work import Costs, RankWork, planned_work
+
+MOST_RANKS = 16384
+"""That a plan is made for: its time grows with the ranks, a second for some thousand."""
+
+ALIKE_RANKS = 4
+"""See Note [A plan's shortcuts]."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be planned: one model's attention over a long sequence.
+
+    Args:
+        backward: a training step; else a forward pass that keeps nothing for later.
+        recompute: a layer's q, k, v and result are computed again in its backward pass, so that
+            only its input, of the size of q, is kept.
+        reserve_bytes: of each device, for everything that is not attention.
+    """
+
+    tokens: int
+    ranks: int
+    layers: int
+    sizes: Sizes
+    mask: Mask
+    backward: bool = True
+    recompute: bool = False
+    reserve_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise ValueError(f"layers must be at least 1, got {self.layers}.")
+        if self.reserve_bytes < 0:
+            raise ValueError(f"reserve must be at least 0 bytes, got {self.reserve_bytes}.")
+        if not 1 <= self.ranks <= MOST_RANKS:
+            raise ValueError(f"ranks must be 1 to {MOST_RANKS}, got {self.ranks}.")
+        if self.tokens < self.ranks:
+            raise ValueError(
+                f"tokens must be at least ranks={self.ranks}, one for each, got {self.tokens}; "
+                "use fewer ranks."
+            )
+
+    def call(self, layout: str, exchange: str, *, tokens: int, ranks: int) -> SimulatedCall:
+        """One layer's attention."""
+        return SimulatedCall(tokens, ranks, self.sizes, self.mask, layout, exchange=exchange)
+
+
+@dataclass(frozen=True)
+class StrategyPlan:
+    """What one strategy takes on the rank for which it is most.
+
+    Bytes are sent by one rank in one layer; seconds are of all layers. `smallest_ranks` is None
+    where no number of ranks gives enough memory; `reason` says why the strategy does not fit.
+    """
+
+    layout: str
+    exchange: str
+    memory: dict[str, int]
+    total_memory: int
+    fits: bool
+    reason: str
+    smallest_ranks: int | None
+    sent: SentBytes
+    forward_seconds: float
+    backward_seconds: float
+    overlap: float
+    busiest_over_mean: float
+
+    @property
+    def seconds(self) -> float:
+        """Of all layers and passes."""
+        return self.forward_seconds + self.backward_seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every strategy's plan; `recommended` is None where none fits, `advice` says what to do."""
+
+    job: Job
+    cluster: Cluster
+    strategies: tuple[StrategyPlan, ...]
+    recommended: StrategyPlan | None
+    advice: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; bytes, seconds and tokens."""
+        return {
+            "job": asdict(self.job),
+            "cluster": self.cluster.to_json(),
+            "strategies": [_strategy_json(s) for s in self.strategies],
+            "recommended": self.recommended and _strategy_json(self.recommended),
+            "advice": self.advice,
+        }
+
+
+def plan(job: Job, cluster: Cluster) -> Plan:
+    """Plan every strategy and recommend the fastest that fits.
+
+    Raises:
+        ValueError: the cluster has no rates for the dtype, or too little memory for a token.
+    """
+    planner = _Planner(job, cluster)
+    planner.check_one_token()
+    strategies = tuple(planner.strategies())
+    fitting = [s for s in strategies if s.fits]
+    best = min(fitting, key=lambda s: s.seconds, default=None)
+    return Plan(job, cluster, strategies, best, _advice(job, strategies, best))
+
+
+@dataclass(frozen=True)
+class _Planner:
+    job: Job
+    cluster: Cluster
+
+    @property
+    def available(self) -> float:
+        """Bytes of a device that attention may have."""
+        return self.cluster.memory_bytes - self.job.reserve_bytes
+
+    @property
+    def traits(self) -> KernelTraits:
+        if self.cluster.device_type != "cpu":
+            return KernelTraits()
+        from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
+
+        return traits_of(TorchCpu())
+
+    def check_one_token(self) -> None:
+        need = self._memory("zigzag", "direct", ranks=self.job.tokens, share=1)
+        if sum(need.values()) > self.available:
+            raise ValueError(
+                f"memory must hold at least one token of every layer, {sum(need.values())} bytes, "
+                f"got {self.available:.0f} (memory less reserve); give more memory, or plan fewer "
+                "layers or heads."
+            )
+
+    def strategies(self) -> Iterator[StrategyPlan]:
+        job = self.job
+        for layout in ("zigzag", "contiguous"):
+            call = self._call(layout, "direct")
+            both = [planned_work(call, rank) for rank in self._samples(job.ranks)]
+            works, rings = [direct for direct, _ in both], [ring for _, ring in both]
+            for exchange in ("direct", "ring", "all_gather"):
+                memory = self._memory(layout, exchange, ranks=job.ranks)
+                total = sum(memory.values())
+                fits = total <= self.available
+                smallest = self._smallest(layout, exchange)
+                forward, backward = (
+                    self._time(layout, exchange, rings if exchange == "ring" else works, back)
+                    for back in (False, True)
+                )
+                pairs = [work.pairs() for work in works]
+                mean = self._mean_pairs()
+                passes = [forward, backward] if job.backward else [forward]
+                yield StrategyPlan(
+                    layout=layout,
+                    exchange=exchange,
+                    memory=memory,
+                    total_memory=total,
+                    fits=fits,
+                    reason="" if fits else _reason(total, self.available, smallest),
+                    smallest_ranks=smallest,
+                    sent=self._sent(layout, exchange, works),
+                    forward_seconds=forward.seconds * job.layers,
+                    backward_seconds=backward.seconds * job.layers if job.backward else 0.0,
+                    overlap=sum(t.overlap for t in passes) / len(passes),
+                    busiest_over_mean=max(pairs) / mean if mean else 1.0,
+                )
+
+    def _samples(self, ranks: int) -> list[int]:
+        return sorted({0, ranks // 2, ranks - 1})
+
+    def _call(self, layout: str, exchange: str) -> SimulatedCall:
+        return self.job.call(layout, exchange, tokens=self.job.tokens, ranks=self.job.ranks)
+
+    def _mean_pairs(self) -> float:
+        """Of all ranks: the pairs of the whole matrix, one tile."""
+        call = self.job.call("contiguous", "direct", tokens=self.job.tokens, ranks=1)
+        return sum(tile.pairs() for tile in call.schedule.tiles(0, (0,))) / self.job.ranks
+
+    def _time(self, layout: str, exchange: str, works: list[RankWork], backward: bool) -> Timeline:
+        costs = Costs(self.job.sizes, self.cluster, self.traits)
+        if exchange != "all_gather":
+            lines = [
+                run_steps([work], costs, backward=backward, ring=exchange == "ring").ranks[0]
+                for work in works
+            ]
+            return max((Timeline((line,)) for line in lines), key=lambda t: t.seconds)
+        timelines = []
+        call = self._call(layout, exchange)
+        for work in works:
+            line = RankTimeline(work.rank)
+            tiles = [*work.local, *(tile for step in work.steps for tile in step.tiles)]
+            seconds = costs.seconds(tiles, backward=backward, alone=True)
+            gather_then_compute(call, line, seconds, costs, backward)
+            timelines.append(Timeline((line,)))
+        return max(timelines, key=lambda t: t.seconds)
+
+    def _sent(self, layout: str, exchange: str, works: list[RankWork]) -> SentBytes:
+        sizes = self.job.sizes
+        most = SentBytes(0, 0, 0)
+        if exchange == "direct":
+            for work in works:
+                sent = Sent(
+                    sum(step.rows_out for step in work.steps),
+                    sum(step.rows_in for step in work.steps if not step.wide_in),
+                    sum(step.rows_in for step in work.steps if step.wide_in),
+                )
+                most = max(most, sizes.sent_bytes(sent), key=lambda s: s.total_bytes)
+        else:
+            lens = self._call(layout, exchange).schedule.k_lens
+            rows = (len(lens) - 1) * max(lens)
+            most = sizes.sent_bytes(Sent(rows, 0, rows))
+        return most if self.job.backward else replace(most, backward_kv_bytes=0, gradient_bytes=0)
+
+    def _memory(
+        self, layout: str, exchange: str, *, ranks: int, share: int | None = None
+    ) -> dict[str, int]:
+        """Bytes by component on the rank that needs most, all layers."""
+        job, sizes = self.job, self.job.sizes
+        share = -(-job.tokens // ranks) if share is None else share
+        few = ranks if exchange == "all_gather" else min(ranks, ALIKE_RANKS)
+        call = job.call(layout, exchange, tokens=share * few, ranks=few)
+        worst = Memory({})
+        for rank in self._samples(few):
+            one = predict_memory(call, rank, self.traits, backward=job.backward)
+            worst = max(worst, one, key=lambda memory: memory.total)
+        components = dict(worst.components)
+        if job.backward:
+            kept = sizes.q_numbers * sizes.itemsize
+            if not job.recompute:
+                numbers = sizes.q_numbers + sizes.kv_numbers + sizes.out_numbers
+                kept = numbers * sizes.itemsize + sizes.lse_bytes
+            components["saved by other layers"] = (job.layers - 1) * share * kept
+        return components
+
+    def _smallest(self, layout: str, exchange: str) -> int | None:
+        """The fewest ranks that fit, by bisection; memory falls as ranks are added."""
+        job = self.job
+        most = min(job.tokens, MOST_RANKS)
+        if exchange == "all_gather":
+            # Every rank holds all keys; more ranks than this would not help any more.
+            if job.tokens * job.sizes.kv_numbers * job.sizes.itemsize > self.available:
+                return None
+            most = min(most, 1024)
+
+        def fits(ranks: int) -> bool:
+            return sum(self._memory(layout, exchange, ranks=ranks).values()) <= self.available
+
+        if not fits(most):
+            return None
+        low, high = 0, most  # low does not fit, high does
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return high
+
+
+def _reason(total: int, available: float, smallest: int | None) -> str:
+    need = f"needs {gigabytes(total)} per rank, has {gigabytes(available)}"
+    if smallest is None:
+        return f"{need}; no number of ranks up to {MOST_RANKS} is enough"
+    return f"{need}; {smallest} ranks would do"
+
+
+def _advice(job: Job, strategies: tuple[StrategyPlan, ...], best: StrategyPlan | None) -> str:
+    if best:
+        fewest = f"{best.smallest_ranks} ranks would be enough memory"
+        return f"{best.layout} layout, exchange={best.exchange!r}, {job.ranks} ranks; {fewest}."
+    enough = [s.smallest_ranks for s in strategies if s.smallest_ranks is not None]
+    remedies = [f"use at least {min(enough)} ranks"] if enough else []
+    if job.backward and not job.recompute:
+        remedies.append("recompute layers (--recompute)")
+    if job.reserve_bytes:
+        remedies.append("reserve less")
+    remedies.append("shard the heads or layers over other devices")
+    return f"Nothing fits: {', or '.join(remedies)}."
+
+
+def gigabytes(size: float) -> str:
+    """For people: powers of 1000."""
+    for unit, factor in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= 0.9995 * factor:
+            return (
+                f"{size / factor:.3g} {unit}"
+                if size < 999.5 * factor
+                else f"{size / factor:.0f} {unit}"
+            )
+    return f"{size:.0f} B"
+
+
+def _strategy_json(strategy: StrategyPlan) -> dict[str, Any]:
+    return asdict(strategy) | {"seconds": strategy.seconds}

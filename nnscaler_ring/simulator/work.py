@@ -1,0 +1,193 @@
+"""A rank's work, step by step: seconds of computing and bytes in and out, from the tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nnscaler_ring.core.schedule import Step, message_steps, row_count
+from nnscaler_ring.core.tile import Tile
+from nnscaler_ring.simulator.call import SimulatedCall
+from nnscaler_ring.simulator.cluster import Cluster
+from nnscaler_ring.simulator.memory import KernelTraits
+from nnscaler_ring.simulator.sizes import Sizes
+from nnscaler_ring.simulator.stand_in import message_parts
+
+
+class StepWork(NamedTuple):
+    """One message in and out, and what is computed with the keys that it brings.
+
+    Rows are those of K and V; `gradients_wide` says that gradients go home in float32.
+    """
+
+    source: int
+    target: int
+    rows_in: int
+    rows_out: int
+    tiles: tuple[Tile, ...]
+    wide_in: bool = False
+    wide_out: bool = False
+
+
+@dataclass(frozen=True)
+class RankWork:
+    """One rank's work in one pass: what it does at once, then message after message."""
+
+    rank: int
+    local: tuple[Tile, ...]
+    steps: tuple[StepWork, ...]
+
+    def pairs(self) -> int:
+        """Visible (query, key) pairs in all."""
+        remote = sum(tile.pairs() for step in self.steps for tile in step.tiles)
+        return remote + sum(tile.pairs() for tile in self.local)
+
+
+def rank_work(call: SimulatedCall, rank: int, *, backward: bool) -> RankWork:
+    """What a rank does with the direct exchange, message by message."""
+    schedule, ranks = call.schedule, call.ranks
+    parts = message_parts(schedule, backward=backward)
+    steps: list[StepWork] = []
+    for distance in range(1, ranks):
+        source, target = (rank - distance) % ranks, (rank + distance) % ranks
+        incoming = message_steps(schedule, rank, source, parts)
+        outgoing = message_steps(schedule, target, rank, parts)
+        for one, other in zip(incoming, outgoing, strict=True):
+            if one.rows or other.rows:
+                rows = row_count(one.rows), row_count(other.rows)
+                steps.append(StepWork(source, target, *rows, one.tiles, one.summed, other.summed))
+    return RankWork(rank, tuple(schedule.tiles(rank, (rank,))), tuple(steps))
+
+
+def ring_work(call: SimulatedCall, rank: int) -> RankWork:
+    """What a rank does with the ring exchange: every shard passes by."""
+    schedule = call.schedule
+    tiles = [
+        tuple(schedule.tiles(rank, ((rank - distance) % call.ranks,)))
+        for distance in range(1, call.ranks)
+    ]
+    return RankWork(rank, tuple(schedule.tiles(rank, (rank,))), _ring_steps(call, rank, tiles))
+
+
+def planned_work(call: SimulatedCall, rank: int) -> tuple[RankWork, RankWork]:
+    """What a rank does with the direct and with the ring exchange, one step per source.
+
+    Tiles are made for a few distances; where both ends and the middle of a run of distances are
+    alike, all of it is. So a plan for a thousand ranks takes milliseconds.
+    """
+    schedule, ranks = call.schedule, call.ranks
+
+    def step(distance: int) -> Step:
+        source = (rank - distance) % ranks
+        return message_steps(schedule, rank, source, 1)[0]
+
+    def step_out(distance: int) -> Step:
+        return message_steps(schedule, (rank + distance) % ranks, rank, 1)[0]
+
+    incoming, outgoing = _by_distance(step, ranks), _by_distance(step_out, ranks)
+    direct = []
+    for distance, (one, other) in enumerate(zip(incoming, outgoing, strict=True), start=1):
+        if one.rows or other.rows:
+            peers = (rank - distance) % ranks, (rank + distance) % ranks
+            rows = row_count(one.rows), row_count(other.rows)
+            direct.append(StepWork(*peers, *rows, one.tiles, one.summed, other.summed))
+    local = tuple(schedule.tiles(rank, (rank,)))
+    ring = _ring_steps(call, rank, [one.tiles for one in incoming])
+    return RankWork(rank, local, tuple(direct)), RankWork(rank, local, ring)
+
+
+def _ring_steps(
+    call: SimulatedCall, rank: int, tiles: Sequence[tuple[Tile, ...]]
+) -> tuple[StepWork, ...]:
+    lens, ranks = call.schedule.k_lens, call.ranks
+    left, right = (rank - 1) % ranks, (rank + 1) % ranks
+    return tuple(
+        StepWork(
+            left, right, lens[(rank - d) % ranks], lens[(rank - d + 1) % ranks], some, True, True
+        )
+        for d, some in enumerate(tiles, start=1)
+    )
+
+
+def _by_distance(make: Callable[[int], Step], ranks: int) -> list[Step]:
+    """`make` of the distances 1 to ranks - 1."""
+    steps: dict[int, Step] = {}
+
+    def at(distance: int) -> Step:
+        if distance not in steps:
+            steps[distance] = make(distance)
+        return steps[distance]
+
+    runs = [(1, ranks - 1)]
+    while runs:
+        first, last = runs.pop()
+        middle = (first + last) // 2
+        if last - first > 1 and _alike(at(first), at(middle)) and _alike(at(middle), at(last)):
+            steps.update(dict.fromkeys(range(first + 1, last), steps[middle]))
+        elif last - first > 1:
+            runs += [(first, middle), (middle, last)]
+    return [at(distance) for distance in range(1, ranks)]
+
+
+def _alike(one: Step, other: Step) -> bool:
+    """Whether two steps take as long, to one in a thousand."""
+    if len(one.tiles) != len(other.tiles) or one.summed != other.summed:
+        return False
+    figures = [
+        (sum(tile.pairs() for tile in step.tiles), row_count(step.rows)) for step in (one, other)
+    ]
+    return all(abs(a - b) <= max(a, b) / 1000 for a, b in zip(*figures, strict=True))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a call's tiles on a cluster's device."""
+
+    sizes: Sizes
+    cluster: Cluster
+    traits: KernelTraits
+    _known: dict[tuple[tuple[Tile, ...], bool, bool], float] = field(default_factory=dict)
+
+    def seconds(self, tiles: Sequence[Tile], *, backward: bool, alone: bool = False) -> float:
+        """Of one step's kernel calls and their merging or summing; `alone`: nothing to merge."""
+        key = tuple(tiles), backward, alone
+        if key not in self._known:
+            self._known[key] = self._seconds(tiles, backward, alone)
+        return self._known[key]
+
+    def _seconds(self, tiles: Sequence[Tile], backward: bool, alone: bool) -> float:
+        rates = self.cluster.rates_for(self.sizes.dtype)
+        if backward:
+            rate, call_seconds = rates.backward_flops_per_second, rates.backward_call_seconds
+            short = rates.backward_short
+        else:
+            rate, call_seconds = rates.forward_flops_per_second, rates.forward_call_seconds
+            short = rates.forward_short
+        seconds = 0.0
+        calls = self.traits.calls(tiles)
+        for tile in calls:
+            flops = self.sizes.flops(self.traits.computed_pairs(tile), backward=backward)
+            slower = short if self.traits.is_short(tile) else 1.0
+            seconds += (call_seconds + flops / rate) * slower
+            if not (alone and len(calls) == 1):
+                seconds += self.merged_bytes(tile, backward) / self.cluster.memory_bytes_per_second
+        return seconds
+
+    def merged_bytes(self, tile: Tile, backward: bool) -> int:
+        """Read and written when a call's results join the others."""
+        sizes = self.sizes
+        touched = sizes.itemsize + 2 * sizes.sum_itemsize
+        nq, nk = tile.q1 - tile.q0, tile.k1 - tile.k0
+        if backward:
+            return touched * (nq * sizes.q_numbers + nk * sizes.kv_numbers)
+        return touched * nq * sizes.out_numbers + 8 * nq * sizes.lse_bytes
+
+    def kv_bytes(self, rows: int) -> int:
+        """Of a message of keys and values."""
+        return rows * self.sizes.kv_numbers * self.sizes.itemsize
+
+    def gradient_bytes(self, rows: int, wide: bool) -> int:
+        """Of a message of their gradients."""
+        item = self.sizes.sum_itemsize if wide else self.sizes.itemsize
+        return rows * self.sizes.kv_numbers * item
