@@ -18,7 +18,7 @@ from rich.console import Console
 # Run as a file, Python looks for packages beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import memory, peers, sent_bytes, speed, table
+from benchmarks import dilated, memory, peers, sent_bytes, speed, table
 from benchmarks.progress import Waiting
 from benchmarks.rows import ROOT, Row, surroundings, write_rows
 from benchmarks.work import Work
@@ -80,11 +80,18 @@ def run_peers(choice: Choice) -> Iterator[Row]:
     return peers.run(peers.work_of(choice.quick), reps=choice.reps, waiting=choice.waiting)
 
 
+def run_dilated(choice: Choice) -> Iterator[Row]:
+    """Dilated attention beside dense attention of the same sequence."""
+    chosen = choice.of(dilated.patterns(choice.quick))
+    return dilated.run(chosen, reps=choice.reps, cores=choice.cores, waiting=choice.waiting)
+
+
 PARTS: dict[str, Callable[[Choice], Iterator[Row]]] = {
     "speed": run_speed,
     "bytes": run_bytes,
     "memory": run_memory,
     "peers": run_peers,
+    "dilated": run_dilated,
 }
 
 

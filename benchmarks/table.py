@@ -152,6 +152,14 @@ def _peers_line(row: Row) -> tuple[str, ...]:
     return (row["name"], *_seconds(row), shown, _other_cores(row))
 
 
+def _dilated_line(row: Row) -> tuple[str, ...]:
+    results = row["results"]
+    mib = max(results["sent_bytes_by_rank"]) / MIB
+    of_dense = (results["seconds_of_dense"], results["bytes_of_dense"])
+    ratios = ("-" if ratio is None else f"{ratio:.3f}" for ratio in of_dense)
+    return (row["name"], *_seconds(row), f"{mib:.3f}", *ratios, _other_cores(row))
+
+
 COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[Row], tuple[str, ...]]]] = {
     "memory_scaling": (
         ("tokens", "ranks", "peak MiB, busiest rank", "scores of all heads, computed MiB"),
@@ -193,6 +201,18 @@ COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[Row], tuple[str, ...]]]] = {
     "peers": (
         ("contestant", "median ms", "min-max ms", "relative L2 to float64", "other cores busy"),
         _peers_line,
+    ),
+    "dilated": (
+        (
+            "contestant",
+            "median ms",
+            "min-max ms",
+            "MiB sent by the worst rank",
+            "time / dense",
+            "bytes / dense",
+            "other cores busy",
+        ),
+        _dilated_line,
     ),
 }
 

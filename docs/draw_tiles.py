@@ -42,7 +42,7 @@ def paint(layout: SequenceLayout, mask: Mask) -> tuple[list[list[tuple[float, ..
     for rank in range(RANKS):
         for step in range(RANKS):
             source = (rank - step) % RANKS
-            colour = _shade(COLOURS[rank], step)
+            colour = shade(COLOURS[rank], step)
             for tile in schedule.tiles(rank, (source,)):
                 pairs[rank] += tile.pairs()
                 for i in range(tile.q0, tile.q1):
@@ -57,7 +57,7 @@ def _tokens_of_rows(layout: SequenceLayout, rank: int) -> list[int]:
     return [span.position + n * span.stride for span in spans for n in range(span.length)]
 
 
-def _shade(colour: str, step: int) -> tuple[float, ...]:
+def shade(colour: str, step: int) -> tuple[float, ...]:
     """Light when the keys are at hand, darker for each step that they arrive later."""
     strength = 0.35 + 0.65 * step / (RANKS - 1)
     return tuple(1 - strength * (1 - channel) for channel in to_rgb(colour))

@@ -5,13 +5,15 @@ Importing this package imports torch and the standard library only.
 
 from typing import TYPE_CHECKING, Any
 
-from nnscaler_ring import ring_attn, ring_attn_varlen, zigzag_attn
+from nnscaler_ring import dilated_attn, ring_attn, ring_attn_varlen, zigzag_attn
+from nnscaler_ring.core.dilation import HeadOffsets
 from nnscaler_ring.core.dropout import DropoutSeed
 from nnscaler_ring.core.groups import Traffic, set_agreement_timeout, traffic
 from nnscaler_ring.nnscaler_hook import register_when_imported
 from nnscaler_ring.zigzag_attn import zigzag_positions, zigzag_shard, zigzag_unshard
 
 if TYPE_CHECKING:
+    from nnscaler_ring.dilated_attn import wrap_dilated_attn_func
     from nnscaler_ring.ring_attn import wrap_ring_attn_func
     from nnscaler_ring.ring_attn_varlen import wrap_ring_attn_varlen_func
     from nnscaler_ring.zigzag_attn import wrap_zigzag_attn_func
@@ -20,9 +22,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DropoutSeed",
+    "HeadOffsets",
     "Traffic",
     "set_agreement_timeout",
     "traffic",
+    "wrap_dilated_attn_func",
     "wrap_ring_attn_func",
     "wrap_ring_attn_varlen_func",
     "wrap_zigzag_attn_func",
@@ -34,6 +38,7 @@ __all__ = [
 # Looked up in their modules at every access: while nnScaler traces a model it replaces them there,
 # and `nnscaler_ring.wrap_ring_attn_func(...)` in a model must find the replacement.
 _OPS = {
+    "wrap_dilated_attn_func": dilated_attn,
     "wrap_ring_attn_func": ring_attn,
     "wrap_ring_attn_varlen_func": ring_attn_varlen,
     "wrap_zigzag_attn_func": zigzag_attn,

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.dilation import HeadOffsets
 from nnscaler_ring.core.dropout import DropoutSeed
 from nnscaler_ring.core.ops import Extras, Options, attention_op
 
@@ -72,6 +73,7 @@ OPS = (
     Op("nnscaler_ring.ring_attn", "wrap_ring_attn_func"),
     Op("nnscaler_ring.zigzag_attn", "wrap_zigzag_attn_func"),
     Op("nnscaler_ring.ring_attn_varlen", "wrap_ring_attn_varlen_func", packed=True),
+    Op("nnscaler_ring.dilated_attn", "wrap_dilated_attn_func"),
 )
 """Every op that nnScaler may partition. A new one is one line."""
 
@@ -163,6 +165,12 @@ def refuse_arguments(op: Op, arguments: dict[str, Any]) -> None:
                 f"{op.name}: {name} must be None under nnScaler, got {arguments[name]!r}: "
                 f"{remedy}; leave it out."
             )
+    offsets = _value(arguments.get("head_offsets"))
+    if isinstance(offsets, HeadOffsets):
+        raise ValueError(
+            f"{op.name}: head_offsets must be 'mod' or 'block' under nnScaler, got {offsets}: the "
+            "plan says where a part of the heads begins; pass the grouping alone."
+        )
     seed = _value(arguments.get("dropout_seed"))
     if isinstance(seed, DropoutSeed):
         raise ValueError(
@@ -266,6 +274,12 @@ def emit(
         first_batch, first_head = 0 if op.packed else mine[0][0], mine[-2][0]
         seed = kwargs.get("dropout_seed")
         options["dropout_seed"] = f"nnscaler_ring.DropoutSeed({seed}, {first_batch}, {first_head})"
+    keys = node.input(1)
+    if op.name == "wrap_dilated_attn_func" and keys.shape[-2] != keys.parent.shape[-2]:
+        # Offsets go by the KV head's number among all, which a part of them does not know.
+        first, total = _ranges(keys.indmap)[-2][0], keys.parent.shape[-2]
+        grouping = kwargs.get("head_offsets", repr("mod"))
+        options["head_offsets"] = f"nnscaler_ring.HeadOffsets({grouping}, {first}, {total})"
     options["process_group"] = repr(ranks)
     call = [*args[:given], *(f"{name}={value}" for name, value in options.items())]
     return f"{node.signature}({', '.join(call)})"
@@ -447,7 +461,7 @@ def sample_inputs(op: Op, node: Any) -> tuple[Tensor, ...]:
 
     Where the sequence is partitioned, keys and values are those of all blocks, as the rank that
     holds the last block reads them (zigzag, causal: half of them, as every rank does; with a bias,
-    one block's); cu_seqlens are one document.
+    or dilated, one block's); cu_seqlens are one document.
     """
     device = torch.cuda.current_device()
     q = node.input(0)
@@ -456,6 +470,7 @@ def sample_inputs(op: Op, node: Any) -> tuple[Tensor, ...]:
     balanced = op.name == "wrap_zigzag_attn_func" and _value(node.kwargs.get("causal", True))
     keys = (whole + local) // 2 if balanced else whole
     names = _value(node.kwargs["tensor_names"]).split(",")
+    one_block = op.name == "wrap_dilated_attn_func" or "bias" in names
     samples: list[Tensor] = []
     for name, x in zip(names, node.inputs(), strict=True):
         shape = list(x.shape)
@@ -468,7 +483,7 @@ def sample_inputs(op: Op, node: Any) -> tuple[Tensor, ...]:
         sample = torch.randn(shape, dtype=x.dtype, device=device)
         if name == "bias" and not op.packed:
             shape[-1] = local
-        if not op.packed and name == "k" and keys > local and "bias" not in names:
+        if not op.packed and name == "k" and keys > local and not one_block:
             sample = KeysOfAllBlocks.of(sample, keys)
         samples.append(sample.requires_grad_(x.requires_grad))
     return tuple(samples)

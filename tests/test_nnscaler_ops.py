@@ -12,7 +12,7 @@ from nnscaler_ring import DropoutSeed, nnscaler_ops
 from nnscaler_ring.nnscaler_ops import OPS, annotate, find_blocks, group_of_device
 from tests.oracle import dense_attention
 
-RING, ZIGZAG, VARLEN = OPS
+RING, ZIGZAG, VARLEN, DILATED = OPS
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ RING, ZIGZAG, VARLEN = OPS
         (RING, (4, 4), False, "b l h d^, b l h d^, b l h e^ -> b l h e^"),
         (RING, (6, 2), False, "b l (g 3) d^, b l g d^, b l g e^ -> b l (g 3) e^"),
         (ZIGZAG, (4, 1), False, "b l h d^, b l 1 d^, b l 1 e^ -> b l h e^"),
+        (DILATED, (6, 2), False, "b l (g 3) d^, b l g d^, b l g e^ -> b l (g 3) e^"),
         (RING, (6, 2), True, "b l (g 3) d^, b l g d^, b l g e^ -> b l (g 3) e^, b (g 3) l"),
         (VARLEN, (4, 4), False, "l h d^, l h d^, l h e^, n^, n^ -> l h e^"),
         (VARLEN, (8, 4), True, "l (g 2) d^, l g d^, l g e^, n^, n^ -> l (g 2) e^, (g 2) l"),

@@ -66,6 +66,7 @@ ARGUMENTS = {
     "dropout_seed": "whether dropout_seed is given",
     "lse_gradient": "whether the loss uses softmax_lse (add 0.0 * softmax_lse where it does not)",
     "caller_layout": "layout",
+    "head_offsets": "head_offsets (num_kv_heads None: those of k)",
     "other_sizes": "the other dimensions of x",
 }
 """How messages call the fields of a description that are not called as the user's arguments."""

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from nnscaler_ring.core import checks
 from nnscaler_ring.core.agreement import refusing_together
+from nnscaler_ring.core.dilated_ops import DilatedOptions, dilated_attention_op
 from nnscaler_ring.core.dropout import DropoutSeed, seed_tensor
 from nnscaler_ring.core.groups import ALONE, find_place, group_string
 from nnscaler_ring.core.layout import LAYOUTS
 from nnscaler_ring.core.ops import Extras, Options, attention_op
 
 if TYPE_CHECKING:
+    from nnscaler_ring.core.dilation import HeadOffsets
     from nnscaler_ring.core.groups import ProcessGroupLike
 
 
@@ -107,4 +109,58 @@ def context_parallel_attention(
         cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks, seed_tensor(dropout_p, seed.seed)
     )
     out, softmax_lse, *_ = attention_op(q, k, v, *extras, *options)
+    return (out, softmax_lse) if return_lse else out
+
+
+def dilated_attention(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    softmax_scale: float | None,
+    causal: bool,
+    head_offsets: str | HeadOffsets,
+    process_group: ProcessGroupLike | None,
+    return_lse: bool,
+    shard_lens: Sequence[int] | None,
+    exchange: str,
+    kernel: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Dilated attention; the public function documents the arguments."""
+    group = group_string(process_group)
+    with refusing_together(group, op):
+        checks.check_choices(
+            exchange=exchange,
+            kernel=kernel,
+            deterministic=False,
+            return_lse=return_lse,
+            return_attn_probs=False,
+        )
+        checks.check_qkv(q, k, v, packed=False)
+        checks.check_mask(causal, (-1, -1))
+        scale = checks.check_scale(softmax_scale, q.shape[-1])
+        checks.check_branches(segment_lengths, dilation_rates)
+        offsets = checks.check_head_offsets(head_offsets, k.shape[-2])
+        assert offsets.num_kv_heads is not None, offsets  # filled in there
+        if shard_lens is not None:
+            world_size = find_place(group).world_size
+            shard_lens = checks.check_shard_lens("shard_lens", shard_lens, world_size)
+    options = DilatedOptions(
+        op=op,
+        group=group,
+        shard_lens=shard_lens,
+        segment_lengths=list(segment_lengths),
+        dilation_rates=list(dilation_rates),
+        causal=causal,
+        head_offsets=offsets.grouping,
+        first_kv_head=offsets.first_kv_head,
+        all_kv_heads=offsets.num_kv_heads,
+        softmax_scale=scale,
+        exchange=exchange,
+        kernel=kernel,
+    )
+    out, softmax_lse = dilated_attention_op(q, k, v, *options)
     return (out, softmax_lse) if return_lse else out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -72,7 +73,7 @@ class RelayoutCall:
     target: str
 
 
-def describe(call: Call | RelayoutCall) -> dict[str, str]:
+def describe(call: Any) -> dict[str, str]:
     """Field by field, for the ranks to compare and for people to read."""
     return {f.name: _text(getattr(call, f.name)) for f in fields(call)}
 
@@ -124,7 +125,7 @@ def plan_call(call: Call, block: int) -> Plan:
         keys = PackedDocuments(keys, cu_k, cu_k)
     schedule = Schedule(queries, keys, call.mask)
     exchange = EXCHANGES[call.exchange](schedule, block)
-    return Plan(schedule, exchange, moves_in, moves_out, _tag(call))
+    return Plan(schedule, exchange, moves_in, moves_out, tag_of(call))
 
 
 @lru_cache(maxsize=256)
@@ -141,10 +142,11 @@ def plan_relayout(call: RelayoutCall, block: int, rows: int) -> RelayoutPlan:
             f"{call.source} layout gives this rank for shard_lens={list(call.shard_lens)}, "
             f"got {rows}; shards of different lengths need shard_lens."
         )
-    return RelayoutPlan(plan_moves(source, target, block), _tag(call))
+    return RelayoutPlan(plan_moves(source, target, block), tag_of(call))
 
 
-def _tag(call: Call | RelayoutCall) -> int:
+def tag_of(call: object) -> int:
+    """A number that is the same on all ranks of a call."""
     # Python's own hash differs from process to process.
     return crc32(repr(call).encode())
 

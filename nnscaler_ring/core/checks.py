@@ -9,6 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.dilation import GROUPINGS, HeadOffsets
 from nnscaler_ring.core.dropout import DropoutSeed
 from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.kernels import KERNELS
@@ -247,6 +248,49 @@ def check_zigzag_layout(layout: str) -> None:
     """The layouts in which `wrap_zigzag_attn_func` takes and gives tensors."""
     if layout not in ("contiguous", "zigzag"):
         raise ValueError(f"layout must be 'contiguous' or 'zigzag', got {layout!r}.")
+
+
+def check_branches(segment_lengths: Sequence[int], dilation_rates: Sequence[int]) -> None:
+    """Branches of dilated attention: as many lengths as rates, a rate within its segment."""
+    for name, values in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise TypeError(f"{name} must be a sequence of ints, got {type(values).__name__}.")
+        if not all(_is_int(n) for n in values):
+            raise TypeError(f"{name} must hold ints, got {list(values)}.")
+        if not values:
+            raise ValueError(f"{name} must have one entry per branch, at least one, got none.")
+        if any(n < 1 for n in values):
+            raise ValueError(f"{name} must be >= 1, got {list(values)}; rate 1 is undilated.")
+    if len(segment_lengths) != len(dilation_rates):
+        raise ValueError(
+            "dilation_rates must have one rate per segment length, "
+            f"{len(segment_lengths)}, got {len(dilation_rates)}: {list(dilation_rates)} for "
+            f"{list(segment_lengths)}."
+        )
+    for length, rate in zip(segment_lengths, dilation_rates, strict=True):
+        if rate > length:
+            raise ValueError(
+                f"dilation_rates must not be above their segment length, got rate {rate} for "
+                f"length {length}: most heads would use no token; take a longer segment."
+            )
+
+
+def check_head_offsets(head_offsets: str | HeadOffsets, num_kv_heads: int) -> HeadOffsets:
+    """The grouping, and where this rank's KV heads are among all of them."""
+    given = head_offsets if isinstance(head_offsets, HeadOffsets) else HeadOffsets(head_offsets)
+    if not isinstance(given.grouping, str) or given.grouping not in GROUPINGS:
+        raise ValueError(f"head_offsets must be one of {GROUPINGS}, got {given.grouping!r}.")
+    total = num_kv_heads if given.num_kv_heads is None else given.num_kv_heads
+    for name, value in (("first_kv_head", given.first_kv_head), ("num_kv_heads", total)):
+        if not _is_int(value):
+            raise TypeError(f"head_offsets.{name} must be an int, got {value!r}.")
+    if given.first_kv_head < 0 or given.first_kv_head + num_kv_heads > total:
+        raise ValueError(
+            f"head_offsets must place this rank's {num_kv_heads} KV heads among num_kv_heads="
+            f"{total}, got first_kv_head={given.first_kv_head}; num_kv_heads counts the heads of "
+            "all ranks that share the heads."
+        )
+    return given._replace(num_kv_heads=total)
 
 
 def check_total(name: str, total: int) -> None:

@@ -60,6 +60,23 @@ def attention_forward(
     Returns:
         out in q's dtype, softmax_lse [batch, num_heads, shard_len].
     """
+    partial = partial_attention(q, k, v, exchange=exchange, kernel=kernel, scores=scores)
+    if sinks is not None:
+        merge_sinks_(partial, q, v.shape[-1], sinks)
+    out, softmax_lse = partial.current()
+    return out.to(q.dtype).contiguous(), softmax_lse.contiguous()
+
+
+def partial_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    exchange: KVExchange,
+    kernel: AttentionKernel,
+    scores: Scores,
+) -> PartialOutput:
+    """`attention_forward` before it is rounded, for callers that merge it with more keys."""
     partial = PartialOutput(q, v.shape[-1])
     for step in exchange.steps(k, v):
         step_scores = scores.of_keys(step.rows, q.device)
@@ -73,10 +90,7 @@ def attention_forward(
                 mods=step_scores.of(tile),
             )
             partial.merge_(tile.q, block_out, block_lse)
-    if sinks is not None:
-        merge_sinks_(partial, q, v.shape[-1], sinks)
-    out, softmax_lse = partial.current()
-    return out.to(q.dtype).contiguous(), softmax_lse.contiguous()
+    return partial
 
 
 def attention_backward(
@@ -94,6 +108,32 @@ def attention_backward(
     sinks: Tensor | None = None,
 ) -> Gradients:
     """Gradients from those of out and of softmax_lse. See Note [Global out and softmax_lse]."""
+    dq, dk, dv = gradient_sums(
+        dout, dlse, q, k, v, out, softmax_lse, exchange=exchange, kernel=kernel, scores=scores
+    )
+    return Gradients(
+        dq.to(q.dtype).contiguous(),
+        dk.to(k.dtype).contiguous(),
+        dv.to(v.dtype).contiguous(),
+        scores.dbias(),
+        None if sinks is None else sink_gradient(dout, out, softmax_lse, dlse, sinks),
+    )
+
+
+def gradient_sums(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    *,
+    exchange: KVExchange,
+    kernel: AttentionKernel,
+    scores: Scores,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of `attention_backward` before they are rounded."""
     dq = RowSum(q)
     for step in exchange.gradient_steps(k, v):
         step_scores = scores.of_keys(step.rows, q.device)
@@ -116,12 +156,4 @@ def attention_backward(
             step_scores.take_dbias_(tile, block.dbias)
             del block
         del step  # its memory is needed for the next one
-    dk, dv = exchange.gradients()
-    dbias = scores.dbias()
-    return Gradients(
-        dq.current().to(q.dtype).contiguous(),
-        dk.to(k.dtype).contiguous(),
-        dv.to(v.dtype).contiguous(),
-        dbias,
-        None if sinks is None else sink_gradient(dout, out, softmax_lse, dlse, sinks),
-    )
+    return dq.current(), *exchange.gradients()

@@ -316,7 +316,7 @@ def relayout_op(
         )
         plan = plan_relayout(call, place.block, x.shape[dim])
     agree(group, call, op, lambda: describe(call))
-    return move_rows([(x, dim)], plan.moves, _transport(group, place, op, plan.tag))[0]
+    return move_rows([(x, dim)], plan.moves, transport_of(group, place, op, plan.tag))[0]
 
 
 @relayout_op.register_fake
@@ -349,7 +349,7 @@ class _Run(NamedTuple):
     def transport(self, direction: str) -> Transport:
         """For the messages of one pass."""
         op = f"{self.options.op} {direction}"
-        return _transport(self.options.group, self.place, op, self.plan.tag)
+        return transport_of(self.options.group, self.place, op, self.plan.tag)
 
     def scores(self, extras: Extras, bias: Tensor | None, seed: Tensor | None) -> Scores:
         """For one pass; bias [batch or 1, num_heads or 1, computed rows, all keys]."""
@@ -408,11 +408,11 @@ def _call(
         for cu in (extras.cu_seqlens_q, extras.cu_seqlens_k)
     )
     moved = options.caller_layout != options.compute_layout
-    lens = _lens("shard_lens", options.shard_lens, place, rows)
+    lens = lens_of_blocks("shard_lens", options.shard_lens, place, rows)
     lens_k = options.shard_lens_k
     if lens_k is None and (documents_k is None or total_of(documents_k) == sum(lens)):
         lens_k = lens
-    lens_k = _lens("shard_lens_k", lens_k, place, rows if moved else k.shape[-3])
+    lens_k = lens_of_blocks("shard_lens_k", lens_k, place, rows if moved else k.shape[-3])
     bias, slopes = extras.bias, extras.alibi_slopes
     if bias is not None:
         check_bias_keys(bias, sum(lens_k))
@@ -465,7 +465,9 @@ def _problem(call: Call) -> Problem:
     )
 
 
-def _lens(name: str, lens: Sequence[int] | None, place: Place, rows: int) -> tuple[int, ...]:
+def lens_of_blocks(
+    name: str, lens: Sequence[int] | None, place: Place, rows: int
+) -> tuple[int, ...]:
     """The rows of every block; None means that all have as many as this one."""
     if lens is None:
         return (rows,) * place.world_size
@@ -473,7 +475,8 @@ def _lens(name: str, lens: Sequence[int] | None, place: Place, rows: int) -> tup
     return tuple(lens)
 
 
-def _transport(group: str, place: Place, op: str, tag: int) -> Transport:
+def transport_of(group: str, place: Place, op: str, tag: int) -> Transport:
+    """For the messages of one pass over a group."""
     return Transport(place, None if group == ALONE else group_state(group).traffic, op, tag)
 
 

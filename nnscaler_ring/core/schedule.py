@@ -74,7 +74,7 @@ class Schedule:
 
     def needed_rows(self, rank: int, source: int) -> Rows:
         """The key rows of `source` that some query of `rank` sees."""
-        return _union((tile.k0, tile.k1) for tile in self._pair_tiles(rank, source))
+        return union((tile.k0, tile.k1) for tile in self._pair_tiles(rank, source))
 
     def _pair_tiles(self, rank: int, source: int) -> Iterator[Tile]:
         keys_by_document = self._keys_by_document(source)
@@ -82,7 +82,7 @@ class Schedule:
             return
         for q in self._spans_of_queries(rank):
             for k in keys_by_document.get(q.document, ()):
-                yield from _span_tiles(q, k, self.mask)
+                yield from tiles_of_spans(q, k, self.mask)
 
     def _spans_of_queries(self, rank: int) -> tuple[Span, ...]:
         if rank not in self._q_spans:
@@ -127,7 +127,7 @@ class PairWork:
     def of(cls, schedule: Schedule, rank: int, source: int) -> PairWork:
         """From the schedule."""
         tiles = schedule.tiles(rank, (source,))
-        rows = _union((tile.k0, tile.k1) for tile in tiles)
+        rows = union((tile.k0, tile.k1) for tile in tiles)
         in_message = merge_neighbours(_along_message(tiles, rows))
         return cls(source, rows, tuple(in_message), schedule.k_lens[source])
 
@@ -164,7 +164,8 @@ def cut_rows(rows: Rows, start: int, stop: int) -> Rows:
     return tuple(cut)
 
 
-def _span_tiles(q: Span, k: Span, mask: Mask) -> Iterator[Tile]:
+def tiles_of_spans(q: Span, k: Span, mask: Mask) -> Iterator[Tile]:
+    """The tiles of two spans of one document: see Note [From spans to a tile]."""
     if q.stride == k.stride or k.length == 1:
         stride = q.stride
     elif q.length == 1:
@@ -172,7 +173,7 @@ def _span_tiles(q: Span, k: Span, mask: Mask) -> Iterator[Tile]:
     else:
         for n in range(k.length):
             token = k._replace(row=k.row + n, position=k.position + n * k.stride, length=1)
-            yield from _span_tiles(q, token, mask)
+            yield from tiles_of_spans(q, token, mask)
         return
     # Note [From spans to a tile].
     offset = k.position - q.position - stride * (k.row - q.row)
@@ -183,14 +184,15 @@ def _span_tiles(q: Span, k: Span, mask: Mask) -> Iterator[Tile]:
         yield tile
 
 
-def _union(runs: Iterable[tuple[int, int]]) -> Rows:
-    union: list[tuple[int, int]] = []
+def union(runs: Iterable[tuple[int, int]]) -> Rows:
+    """The rows that lie in any of the runs."""
+    joined: list[tuple[int, int]] = []
     for start, stop in sorted(runs):
-        if union and start <= union[-1][1]:
-            union[-1] = (union[-1][0], max(union[-1][1], stop))
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
         else:
-            union.append((start, stop))
-    return tuple(union)
+            joined.append((start, stop))
+    return tuple(joined)
 
 
 def _along_message(tiles: Iterable[Tile], rows: Rows) -> list[Tile]:

@@ -375,7 +375,7 @@ def counters(monkeypatch):
         (tile_module, "merge"),
         (tile_module, "trim"),
         (schedule_module, "trim"),
-        (schedule_module, "_span_tiles"),
+        (schedule_module, "tiles_of_spans"),
         (schedule_module, "clip_keys"),
     ):
         counter = Counter(getattr(module, name))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import nnscaler_ring
-from nnscaler_ring import DropoutSeed, wrap_ring_attn_func
+from nnscaler_ring import DropoutSeed, HeadOffsets, wrap_ring_attn_func
 from nnscaler_ring.demo.model import Decoder, ModelConfig
 from nnscaler_ring.demo.shard import Attention
 from nnscaler_ring.ring_attn_varlen import wrap_ring_attn_varlen_func as varlen
@@ -79,6 +79,9 @@ class BadCall(nn.Module):
             return varlen(q[0], k[0], v[0], cu_seqlens, cu_seqlens, slopes)
         if self.mistake == "seed of a part":
             return wrap_ring_attn_func(q, k, v, dropout_p=0.5, dropout_seed=DropoutSeed(1))
+        if self.mistake == "offsets of a part":
+            offsets = HeadOffsets("mod", 2, 8)
+            return nnscaler_ring.wrap_dilated_attn_func(q, k, v, [8], [2], head_offsets=offsets)
         if self.mistake == "sinks":
             return wrap_ring_attn_func(q, k, v, sinks=slopes[:4])
         if self.mistake == "window":
@@ -89,6 +92,17 @@ class BadCall(nn.Module):
         if self.mistake == "zigzag order":
             return nnscaler_ring.wrap_zigzag_attn_func(q, k, v, layout="zigzag")
         return wrap_ring_attn_func(q, k, v)
+
+
+class DilatedCall(nn.Module):
+    """One call of the dilated op."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return nnscaler_ring.wrap_dilated_attn_func(q, k, v, [6, 9, 40], [1, 2, 3], **self.options)
 
 
 class TwoCalls(nn.Module):

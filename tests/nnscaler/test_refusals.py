@@ -82,6 +82,7 @@ def check(
         ("softcap as a tensor", "softcap must not be a tensor under nnScaler"),
         ("bias in a packed call", "ValueError: bias must be [num_heads or 1, this rank"),
         ("seed of a part", "dropout_seed must be an int or None under nnScaler"),
+        ("offsets of a part", "head_offsets must be 'mod' or 'block' under nnScaler"),
         ("window", "ValueError: window_size entries must be -1 or >= 0"),
         ("packed totals", "k must have q's tokens, [24], got [20]"),
         ("zigzag order", "layout must be 'contiguous' where nnScaler partitions the sequence"),

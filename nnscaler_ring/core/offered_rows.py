@@ -1,0 +1,217 @@
+"""Which rows of K and V a rank offers to others: those that are used, or the runs that hold them.
+
+Note [Rows of several branches]
+    A row that several branches use would travel once for each. Where the used rows, so counted,
+    are more than the rows of the shard from the first used to the last, these runs travel instead,
+    and the receiver takes every branch's rows out of them, with a stride. Both sides decide it for
+    each pair of ranks from the schedule; exchanges that send every shard to everybody decide it for
+    each shard. So never more rows travel than the branches use in all, nor than dense attention
+    would send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnscaler_ring.core.coordinates import KeyRows
+from nnscaler_ring.core.dilation import SpanningSegments, Strip
+from nnscaler_ring.core.exchange import (
+    EXCHANGES,
+    DirectPlan,
+    ExchangePlan,
+    GradientStep,
+    Keys,
+    KVExchange,
+    Sent,
+)
+from nnscaler_ring.core.layout import Span
+from nnscaler_ring.core.row_sum import RowSum
+from nnscaler_ring.core.schedule import Mask, Rows, Schedule, row_count, tiles_of_spans, union
+from nnscaler_ring.core.tile import Tile
+from nnscaler_ring.core.transport import Transport
+
+
+class OfferedRows(Schedule):
+    """The schedule of a head group's spanning segments, over the rows that ranks offer.
+
+    A rank offers its used rows, then its runs, where somebody reads them; or one of the two, where
+    its whole shard travels. See Note [Rows of several branches].
+    """
+
+    def __init__(self, rows: SpanningSegments, mask: Mask, exchange: str) -> None:
+        super().__init__(rows, rows, mask)
+        self._by_pair = EXCHANGES[exchange] is DirectPlan
+        self._used = [rows.strips(rank) for rank in range(self.world_size)]
+        self._runs = [union((s.start, s.stop) for s in strips) for strips in self._used]
+        self.in_runs = cache(self._reads_runs)
+        self.offered = [self._offer(rank) for rank in range(self.world_size)]
+        self.k_lens = tuple(sum(s.span.length for s in strips) for strips in self.offered)
+
+    def tiles(self, rank: int, sources: Sequence[int]) -> list[Tile]:
+        """As in `Schedule`; of runs, boxes that hold what is read, one per strip."""
+        if not any(self.in_runs(rank, source) for source in sources):
+            return super().tiles(rank, sources)
+        if not self._by_pair:
+            return []  # every row travels, and `reading` finds the tiles
+        (source,) = sources
+        start = sum(strip.span.length for strip in self._used[source])
+        return [
+            Tile(2 * n, 2 * n + 1, start + rows[0], start + rows[1])  # apart: they must not merge
+            for n, run in enumerate(self._read_runs(rank, source))
+            for rows in [tuple(_place_in(self._runs[source], edge) for edge in run)]
+        ]
+
+    def reading(self, rank: int, rows: KeyRows) -> Reading:
+        """What `rank` takes out of a step's keys, and the tiles along what it takes."""
+        slices: list[slice] = []
+        spans: list[Span] = []
+        offset = taken = 0
+        for source, start, stop in rows:
+            for place, strip in self._places(rank, source):
+                # The numbers of the strip's rows that lie in [start, stop).
+                first = max(0, -(-(start - place.start) // place.step))
+                kept = range(place.start, min(place.stop, stop), place.step)[first:]
+                if not kept:
+                    continue
+                shift = offset - start
+                span = strip.span
+                span = span._replace(row=taken, position=span.position + first, length=len(kept))
+                if not any(True for q in self.q_spans(rank) for _ in self._tiles_of(q, span)):
+                    continue
+                slices.append(slice(kept.start + shift, kept[-1] + 1 + shift, place.step))
+                spans.append(span)
+                taken += len(kept)
+            offset += stop - start
+        tiles = [t for q in self.q_spans(rank) for k in spans for t in self._tiles_of(q, k)]
+        return Reading(tuple(slices), tuple(tiles))
+
+    def q_spans(self, rank: int) -> tuple[Span, ...]:
+        """The spans of a rank's queries."""
+        return self._spans_of_queries(rank)
+
+    def _tiles_of(self, q: Span, k: Span) -> Iterator[Tile]:
+        return tiles_of_spans(q, k, self.mask) if q.document == k.document else iter(())
+
+    def _places(self, rank: int, source: int) -> Iterator[tuple[range, Strip]]:
+        """Every strip of a source, and where its rows are among those offered."""
+        used = sum(s.span.length for s in self._used[source])
+        for strip in self._used[source]:
+            if not self.in_runs(rank, source):
+                yield range(strip.span.row, strip.span.row + strip.span.length), strip
+                continue
+            before = (used if self._by_pair else 0) + _place_in(self._runs[source], strip.start)
+            yield range(before, before + strip.stop - strip.start, strip.step), strip
+
+    def _reads_runs(self, rank: int, source: int) -> bool:
+        """Whether `rank` reads runs of `source`'s shard, and not the used rows alone."""
+        if len(self._used[source]) < 2:
+            return False
+        if self._by_pair:
+            if rank == source:
+                return False
+            used = row_count(self.needed_rows(rank, source))
+            return row_count(union(self._read_runs(rank, source))) < used
+        used = sum(strip.span.length for strip in self._used[source])
+        return row_count(self._runs[source]) < used
+
+    def _read_runs(self, rank: int, source: int) -> Iterator[tuple[int, int]]:
+        """The rows of the shard from the first to the last that is read, strip by strip."""
+        for first, last in self.needed_rows(rank, source):
+            for strip in self._used[source]:
+                span = strip.span
+                start, stop = max(first, span.row), min(last, span.row + span.length)
+                if start < stop:
+                    rows = range(strip.start, strip.stop, strip.step)
+                    yield rows[start - span.row], rows[stop - 1 - span.row] + 1
+
+    def _offer(self, source: int) -> list[Strip]:
+        used = self._used[source]
+        if not any(self.in_runs(rank, source) for rank in range(self.world_size)):
+            return used
+        row = sum(strip.span.length for strip in used) if self._by_pair else 0
+        runs = []
+        for start, stop in self._runs[source]:
+            runs.append(Strip(-1, start, stop, 1, Span(row, start, stop - start)))
+            row += stop - start
+        return [*used, *runs] if self._by_pair else runs
+
+
+class Reading(NamedTuple):
+    """Slices of a step's keys, and the tiles along what they take, one after another."""
+
+    slices: tuple[slice, ...]
+    tiles: tuple[Tile, ...]
+
+    def take(self, x: Tensor) -> Tensor:
+        """The rows that are read."""
+        return torch.cat([x[:, :0], *(x[:, rows] for rows in self.slices)], dim=1)
+
+    def give_back(self, total: RowSum, sums: Tensor) -> None:
+        """Add the gradients of what was taken to those of the step's keys."""
+        offset = 0
+        for rows in self.slices:
+            length = len(range(rows.start, rows.stop, rows.step))
+            total.add_(rows, sums[:, offset : offset + length])
+            offset += length
+
+
+class OfferedRowsPlan:
+    """An exchange of offered rows, whose steps yield the used ones."""
+
+    def __init__(self, schedule: OfferedRows, rank: int, exchange: str) -> None:
+        self.schedule = schedule
+        self.rank = rank
+        self.exchange: ExchangePlan = EXCHANGES[exchange](schedule, rank)
+        self.reading = cache(lambda rows: schedule.reading(rank, rows))
+
+    def start(self, transport: Transport) -> KVExchange:
+        return _Readings(self, self.exchange.start(transport))
+
+    def sent(self) -> Sent:
+        return self.exchange.sent()
+
+
+class _Readings:
+    def __init__(self, plan: OfferedRowsPlan, exchange: KVExchange) -> None:
+        self._plan = plan
+        self._exchange = exchange
+
+    def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
+        for keys in self._exchange.steps(k, v):
+            reading = self._reading(keys.rows)
+            if reading is None:
+                yield keys
+            else:
+                yield Keys(reading.take(keys.k), reading.take(keys.v), reading.tiles, keys.rows)
+
+    def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
+        for step in self._exchange.gradient_steps(k, v):
+            reading = self._reading(step.rows)
+            if reading is None:
+                yield step
+                continue
+            taken = reading.take(step.k), reading.take(step.v)
+            dk, dv = RowSum(taken[0]), RowSum(taken[1])
+            yield GradientStep(*taken, reading.tiles, step.rows, dk, dv)
+            reading.give_back(step.dk, dk.current())
+            reading.give_back(step.dv, dv.current())
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        return self._exchange.gradients()
+
+    def _reading(self, rows: KeyRows) -> Reading | None:
+        plan = self._plan
+        if not any(plan.schedule.in_runs(plan.rank, source) for source, _, _ in rows):
+            return None
+        reading: Reading = plan.reading(tuple(rows))
+        return reading
+
+
+def _place_in(runs: Rows, row: int) -> int:
+    """How many rows of the runs lie before `row`."""
+    return sum(max(0, min(stop, row) - start) for start, stop in runs)
