@@ -64,6 +64,7 @@ def test_trains_like_one_device(
     assert sum(many.steps[1].sent.total_bytes for many, _ in results) > 0
 
 
+@pytest.mark.full
 def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(demo_command, "DemoConfig", partial(DemoConfig, memory_ranks=(1,)))
     args = ("--steps", "2", "--tokens", "48", "--memory-tokens", "64", "--out", str(tmp_path))

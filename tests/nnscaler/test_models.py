@@ -19,7 +19,8 @@ from tests.nnscaler.runtime import nnscaler_ranks, parallelize
 from tests.ranks import RankPool
 
 TOKENS, WIDTH, VOCABULARY = 12, 8, 11
-NAMES = ("contiguous", "zigzag", "attention", "block", "edifice", "edifice in 4 chunks")
+IN_CHUNKS = pytest.param("edifice in 4 chunks", marks=pytest.mark.full)
+NAMES = ("contiguous", "zigzag", "attention", "block", "edifice", IN_CHUNKS)
 ADAMW = partial(torch.optim.AdamW, lr=0.01)
 
 

@@ -42,7 +42,7 @@ def profiler(
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.full)])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_prediction_is_within_5_percent(exchange: str, dtype: str, backward: bool) -> None:
-    for ranks, layout, kv_heads in itertools.product((1, 2, 3), ("contiguous", "zigzag"), (4, 1)):
+    for ranks, layout, kv_heads in itertools.product((1, 3), ("contiguous", "zigzag"), (4, 1)):
         measured = profiler(
             ranks,
             ranks - 1,
