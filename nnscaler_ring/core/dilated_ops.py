@@ -17,7 +17,7 @@ from nnscaler_ring.core.dilation import Branch, HeadOffsets
 from nnscaler_ring.core.groups import find_place
 from nnscaler_ring.core.kernels import AttentionKernel, Problem, select_kernel
 from nnscaler_ring.core.online_softmax import accumulation_dtype
-from nnscaler_ring.core.ops import lens_of_blocks, transport_of
+from nnscaler_ring.core.prepare import lens_of_blocks, transport_of
 from nnscaler_ring.core.schedule import CAUSAL, FULL
 from nnscaler_ring.core.transport import Transport
 
