@@ -10,9 +10,10 @@ Note [Memory is set by the message]
     each with its own tiles. A message's keys, the next message's, and in the backward pass the
     gradients of the last one are alive at a time: a few messages, however many ranks there are.
     Every message costs calls and a merge of its own, so they are longer in the forward pass, which
-    has far less alive beside them than the backward pass. The number of parts is the same on all
-    ranks, so halves and wholes stay in step, and a power of two, so that messages end where zigzag
-    chunks end: a tile cut elsewhere costs two more calls.
+    has far less alive beside them than the backward pass. The number of parts follows the longest
+    shard, so halves and wholes stay in step, and is a power of two, so that messages end where
+    zigzag chunks end: a tile cut elsewhere costs two more calls. A pair that needs so few rows that
+    its messages would be shorter than an eighth of the usual has fewer of them.
 
 Note [One order of messages]
     NCCL matches messages by the order of posts (Note [Messages under NCCL] in transport.py), so
@@ -40,6 +41,9 @@ from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
 
 FORWARD_KEYS, BACKWARD_KEYS = 8192, 2048
 """Tokens of the longest shard per message; see Note [Memory is set by the message]."""
+
+SHORTEST = 8
+"""The part of that below which messages are not cut."""
 
 
 class Keys(NamedTuple):
@@ -137,6 +141,47 @@ class Round:
     outgoing: Step
 
 
+@dataclass(frozen=True)
+class Distance:
+    """A rank and the two that are so many ranks from it: one that it reads, one that reads it."""
+
+    distance: int
+    incoming: PairWork
+    target: int
+    outgoing: PairWork
+
+    @classmethod
+    def of(cls, schedule: Schedule, rank: int, distance: int) -> Distance:
+        """From the schedule."""
+        ranks = schedule.world_size
+        source, target = (rank - distance) % ranks, (rank + distance) % ranks
+        incoming = PairWork.of(schedule, rank, source)
+        return cls(distance, incoming, target, PairWork.of(schedule, target, rank))
+
+    def rounds(self, longest: int, keys: int) -> Iterator[Round]:
+        """All messages, of about `keys` tokens of the longest shard.
+
+        The side that has fewer ends with empty ones; what is empty on both is left out.
+        """
+        pairs = self.incoming, self.outgoing
+        parts = [message_count(row_count(pair.rows), longest, keys) for pair in pairs]
+        steps = [pair.steps(n, max(parts)) for pair, n in zip(pairs, parts, strict=True)]
+        first = self.distance * _most_messages(longest, keys)
+        for number, (step_in, step_out) in enumerate(zip(*steps, strict=True), start=first):
+            if step_in.rows or step_out.rows:
+                yield Round(number, step_in, self.target, step_out)
+
+
+def message_count(rows: int, longest: int, keys: int) -> int:
+    """In how many messages a pair's rows travel: Note [Memory is set by the message]."""
+    shortest = max(1, keys // SHORTEST)
+    return min(_most_messages(longest, keys), _power_of_two(-(-rows // shortest)))
+
+
+def _most_messages(longest: int, keys: int) -> int:
+    return _power_of_two(longest // keys)
+
+
 class DirectPlan:
     """At step s, rank r receives from r - s and sends to r + s, only the rows that are read.
 
@@ -153,15 +198,14 @@ class DirectPlan:
     ) -> None:
         self.tiles = tuple(schedule.tiles(rank, (rank,)))
         self.rows = ((rank, 0, schedule.k_lens[rank]),)
-        ranks = schedule.world_size
-        pairs = []
-        for distance in range(1, ranks):
-            source, target = (rank - distance) % ranks, (rank + distance) % ranks
-            incoming = PairWork.of(schedule, rank, source)
-            pairs.append((incoming, target, PairWork.of(schedule, target, rank)))
+        distances = [Distance.of(schedule, rank, n) for n in range(1, schedule.world_size)]
         longest = max(schedule.k_lens)
-        self.forward_rounds = tuple(_rounds(pairs, _power_of_two(longest // forward_keys)))
-        self.backward_rounds = tuple(_rounds(pairs, _power_of_two(longest // backward_keys)))
+
+        def rounds(keys: int) -> tuple[Round, ...]:
+            return tuple(round_ for some in distances for round_ in some.rounds(longest, keys))
+
+        self.forward_rounds = rounds(forward_keys)
+        self.backward_rounds = rounds(backward_keys)
 
     def start(self, transport: Transport) -> KVExchange:
         return _Direct(self, transport)
@@ -173,16 +217,6 @@ class DirectPlan:
             sum(row_count(step.rows) for step in incoming if not step.summed),
             sum(row_count(step.rows) for step in incoming if step.summed),
         )
-
-
-def _rounds(pairs: Sequence[tuple[PairWork, int, PairWork]], parts: int) -> Iterator[Round]:
-    """Every distance's messages in so many parts; what is empty on both sides is left out."""
-    number = 0
-    for incoming, target, outgoing in pairs:
-        for step_in, step_out in zip(incoming.steps(parts), outgoing.steps(parts), strict=True):
-            number += 1
-            if step_in.rows or step_out.rows:
-                yield Round(number, step_in, target, step_out)
 
 
 class _Direct:
@@ -233,7 +267,7 @@ class _Direct:
     def _post(self, kind: Kind, round_: Round, k: Tensor, v: Tensor) -> tuple[Transfer, _Buffer]:
         incoming, outgoing = round_.incoming, round_.outgoing
         buffer = _Buffer(k, v, row_count(incoming.rows), k.dtype)
-        receives = buffer.messages(incoming.source, _is_one_piece(incoming, k))
+        receives = buffer.messages(incoming.source, incoming.is_one_piece(k.shape[0]))
         sends = _outgoing_messages(round_.target, outgoing, k, v)
         return self._transport.post(kind, sends, receives), buffer
 
@@ -283,7 +317,7 @@ class _Buffer:
 
 def _outgoing_messages(target: int, step: Step, k: Tensor, v: Tensor) -> list[Message]:
     """K and V of a step's rows: apart where that saves a copy, else packed into one message."""
-    if _is_one_piece(step, k):
+    if step.is_one_piece(k.shape[0]):
         rows = slice(*step.rows[0])
         return [Message(target, x[:, rows].contiguous()) for x in (k, v)]
     buffer = _Buffer(k, v, row_count(step.rows), k.dtype)
@@ -294,11 +328,6 @@ def _outgoing_messages(target: int, step: Step, k: Tensor, v: Tensor) -> list[Me
         buffer.v[:, piece] = v[:, start:stop]
         offset += stop - start
     return buffer.messages(target, apart=False)
-
-
-def _is_one_piece(step: Step, k: Tensor) -> bool:
-    """Whether the rows of a step are one run of memory in a contiguous tensor; both sides ask."""
-    return len(step.rows) == 1 and (k.shape[0] == 1 or step.whole)
 
 
 def _power_of_two(number: int) -> int:
