@@ -25,7 +25,7 @@ class Form:
     Args:
         blind_lse: softmax_lse of a row that sees no key.
         padded_packed_lse: packed softmax_lse is [segments, h, longest], not [h, rows].
-        window_is_checked: an edge that is not below the keys counts as unbounded.
+        window_is_clamped: an edge that is not below the keys counts as unbounded.
     """
 
     blind_lse: float = math.inf
@@ -94,7 +94,9 @@ def flash_forward(q, k, v, *, cu_q, cu_k, longest, scale, causal, window, softca
     for rows, keys in segments(q, k, cu_q, cu_k, longest):
         nq, nk = rows.stop - rows.start, keys.stop - keys.start
         # With one query torch and flash-attn forget about causal: the last row sees everything.
-        sees = mask_of(nq, nk, causal and nq > 1, window, longest[1] if cu_q is not None else nk, form)
+        sees = mask_of(
+            nq, nk, causal and nq > 1, window, longest[1] if cu_q is not None else nk, form
+        )
         scores, _ = scores_of(rows_q[rows], rows_k[keys], scale, softcap)
         scores = scores.masked_fill(~sees, -math.inf)
         normaliser = torch.logsumexp(scores, -1)
@@ -128,7 +130,9 @@ def flash_backward(
     group = q.shape[-2] // k.shape[-2]
     for rows, keys in segments(q, k, cu_q, cu_k, longest):
         nq, nk = rows.stop - rows.start, keys.stop - keys.start
-        sees = mask_of(nq, nk, causal and nq > 1, window, longest[1] if cu_q is not None else nk, form)
+        sees = mask_of(
+            nq, nk, causal and nq > 1, window, longest[1] if cu_q is not None else nk, form
+        )
         do, qs, o = (flat[n][rows] for n in (0, 1, 4))
         ks, vs = (flat[n][keys] for n in (2, 3))
         scores, slope = scores_of(qs, ks, scale, softcap)
@@ -139,7 +143,9 @@ def flash_backward(
         dq[rows] = torch.einsum("hqk,khd->qhd", dscores, ks)
         dk[keys] = torch.einsum("hqk,qhd->khd", dscores, qs).unflatten(1, (-1, group)).sum(2)
         dv[keys] = torch.einsum("hqk,qhd->khd", weights, do).unflatten(1, (-1, group)).sum(2)
-    return tuple(g.reshape(x.shape).to(x.dtype) for g, x in zip((dq, dk, dv), (q, k, v), strict=True))
+    return tuple(
+        g.reshape(x.shape).to(x.dtype) for g, x in zip((dq, dk, dv), (q, k, v), strict=True)
+    )
 
 
 def pad_lse(lse: Tensor, cu_q: Tensor, longest: int) -> Tensor:
@@ -153,7 +159,9 @@ def pad_lse(lse: Tensor, cu_q: Tensor, longest: int) -> Tensor:
 def unpad_lse(lse: Tensor, cu_q: Tensor) -> Tensor:
     """Undo `pad_lse`."""
     bounds = pairwise(cu_q.tolist())
-    return torch.cat([x[:, : stop - start] for x, (start, stop) in zip(lse, bounds, strict=True)], 1)
+    return torch.cat(
+        [x[:, : stop - start] for x, (start, stop) in zip(lse, bounds, strict=True)], 1
+    )
 
 
 class Aten:
