@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KERNELS = ("torch_cpu", "torch_cuda", "reference")
+KERNELS = ("torch_cpu", "torch_cuda", "flash_attn", "flash_attn_3", "flash_attn_4", "reference")
 """Kernel names."""
 
-AUTO_KERNELS = ("torch_cpu", "torch_cuda")
-"""What `kernel="auto"` may pick, in the order in which it asks; but see `auto_kernels`.
+AUTO_KERNELS = ("torch_cpu", "flash_attn_3", "torch_cuda")
+"""What `kernel="auto"` picks from, in the order in which it asks; but see `auto_kernels`.
 
-`reference` builds whole score matrices: it must be asked for."""
+`reference` builds whole score matrices: it must be asked for. So must flash-attn 4, a beta."""
 
 
 @dataclass(frozen=True)
@@ -152,15 +152,14 @@ def select_kernel(name: str, problem: Problem) -> AttentionKernel:
 
 
 def auto_kernels(problem: Problem) -> tuple[str, ...]:
-    """The kernels that `kernel="auto"` asks, in this order.
+    """The kernels that `kernel="auto"` asks about a problem, in this order.
 
-    torch's own come before flash-attn 2, which is no faster, except for a softcap: flash-attn has
-    one, torch computes it in blocks of scores.
+    torch ships flash-attn 2, so an installed one is asked for a softcap alone: torch computes that
+    in blocks of scores.
     """
-    if not problem.softcap:
-        return AUTO_KERNELS
-    last = ("torch_cpu", "torch_cuda")
-    return (*(name for name in AUTO_KERNELS if name not in last), *last)
+    if problem.softcap:
+        return "torch_cpu", "flash_attn_3", "flash_attn", "torch_cuda"
+    return AUTO_KERNELS
 
 
 def kernel_refusals(problem: Problem) -> dict[str, str | None]:
@@ -192,4 +191,8 @@ def _load(name: str) -> KernelOffer:
             from nnscaler_ring.core.kernels.torch_cuda import TorchCuda
 
             return TorchCuda()
+        case "flash_attn" | "flash_attn_3" | "flash_attn_4":
+            from nnscaler_ring.core.kernels.flash_attn import FLASH_ATTN
+
+            return FLASH_ATTN[name]
     raise ValueError(f"kernel must be 'auto' or one of {KERNELS}, got {name!r}; use 'auto'.")
