@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KERNELS = ("torch_cpu", "torch_cuda", "flash_attn", "flash_attn_3", "flash_attn_4", "reference")
+KERNELS = (
+    "torch_cpu",
+    "torch_cuda",
+    "flash_attn",
+    "flash_attn_3",
+    "flash_attn_4",
+    "torch_fa3",
+    "torch_fa4",
+    "reference",
+)
 """Kernel names."""
 
 AUTO_KERNELS = ("torch_cpu", "flash_attn_3", "torch_cuda")
@@ -195,4 +204,8 @@ def _load(name: str) -> KernelOffer:
             from nnscaler_ring.core.kernels.flash_attn import FLASH_ATTN
 
             return FLASH_ATTN[name]
+        case "torch_fa3" | "torch_fa4":
+            from nnscaler_ring.core.kernels.torch_mounted import MOUNTED
+
+            return MOUNTED[name]
     raise ValueError(f"kernel must be 'auto' or one of {KERNELS}, got {name!r}; use 'auto'.")

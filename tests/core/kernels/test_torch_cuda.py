@@ -9,11 +9,18 @@ import pytest
 import torch
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
-from nnscaler_ring.core.kernels import Problem, flash_form, torch_cuda, torch_efficient
+from nnscaler_ring.core.kernels import (
+    Problem,
+    aten_flash,
+    flash_form,
+    torch_cuda,
+    torch_efficient,
+)
+from nnscaler_ring.core.kernels.aten_flash import AtenFlash
 from nnscaler_ring.core.kernels.flash_form import FlashKernel
 from nnscaler_ring.core.kernels.head_dims import with_lse_columns
 from nnscaler_ring.core.kernels.score_blocks import ScoreBlocks
-from nnscaler_ring.core.kernels.torch_cuda import AtenFlash, Cudnn, TorchCuda
+from nnscaler_ring.core.kernels.torch_cuda import Cudnn, TorchCuda
 from nnscaler_ring.core.kernels.torch_efficient import Efficient
 from nnscaler_ring.core.scores import Scores
 from tests.core.kernels.stand_ins import Aten
@@ -41,7 +48,7 @@ PROBLEM = Problem("cuda", torch.bfloat16, 4, 2, 64, 64, compute_capability=(8, 0
 @pytest.fixture(autouse=True)
 def aten(monkeypatch):
     stand_in = Aten()
-    for module in (torch_cuda, torch_efficient):
+    for module in (aten_flash, torch_cuda, torch_efficient):
         monkeypatch.setattr(module, "aten", stand_in)
     monkeypatch.setattr(torch_cuda, "CUDNN_ROWS", 4)
     return stand_in
