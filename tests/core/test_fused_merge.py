@@ -88,12 +88,12 @@ def test_rows_beside_the_block_stay_as_they_are(interpreted):
 
 
 def test_a_block_that_is_one_number(interpreted):
-    """Sinks are values of 0 with all strides 0."""
+    """As the values of sinks, all strides are 0."""
     out, lse, _, block_lse = blocks(6, 8, torch.float32)
-    zeros = torch.zeros(()).expand(out.shape)
+    number = torch.full((), 5.0).expand(out.shape)
     expected, expected_lse = out.clone(), lse.clone()
-    eager_merge_(expected, expected_lse, zeros, block_lse)
-    interpreted(out, lse, zeros, block_lse)
+    eager_merge_(expected, expected_lse, number, block_lse)
+    interpreted(out, lse, number, block_lse)
     assert_same(out, expected, "out")
 
 

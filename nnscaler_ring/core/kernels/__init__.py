@@ -1,7 +1,7 @@
 """Attention kernels: one tile on one device, behind one protocol. Kernels never import each other.
 
 A new kernel is one file with a class that has the members of `KernelOffer`, and a `case` in
-`_load`. What it prepares has the members of `AttentionKernel`, and may be the same object.
+`offer_of`. What it prepares has the members of `AttentionKernel`, and may be the same object.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def select_kernel(name: str, problem: Problem) -> AttentionKernel:
     names = auto_kernels(problem) if name == "auto" else (name,)
     refusals: dict[str, str] = {}
     for candidate in names:
-        offer = _load(candidate)
+        offer = offer_of(candidate)
         reason = offer.supports(problem)
         if reason is None:
             logger.debug(
@@ -174,7 +174,7 @@ def auto_kernels(problem: Problem) -> tuple[str, ...]:
 def kernel_refusals(problem: Problem) -> dict[str, str | None]:
     """For every kernel None if it can do `problem`, else its reason."""
     problem = _on_this_machine(problem)
-    return {name: _load(name).supports(problem) for name in KERNELS}
+    return {name: offer_of(name).supports(problem) for name in KERNELS}
 
 
 def _on_this_machine(problem: Problem) -> Problem:
@@ -186,7 +186,8 @@ def _on_this_machine(problem: Problem) -> Problem:
 
 
 @lru_cache
-def _load(name: str) -> KernelOffer:
+def offer_of(name: str) -> KernelOffer:
+    """What stands behind a name."""
     match name:
         case "reference":
             from nnscaler_ring.core.kernels.reference import Reference

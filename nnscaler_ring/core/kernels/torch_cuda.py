@@ -8,6 +8,8 @@ same on any number of ranks, which a fused kernel's own generator cannot give.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from nnscaler_ring.core.kernels.flash_form import MAX_HEAD_DIM, FlashCall, Flash
 from nnscaler_ring.core.kernels.head_dims import round_up
 from nnscaler_ring.core.kernels.score_blocks import ScoreBlocks
 from nnscaler_ring.core.kernels.torch_efficient import Efficient
+
+logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
@@ -50,11 +54,16 @@ class TorchCuda:
 
     def prepared(self, problem: Problem) -> AttentionKernel:
         """The kernel of torch that computes such calls."""
-        if not_fused(problem) is not None:
+        reason = not_fused(problem)
+        if reason is not None:
+            logger.debug("torch_cuda: blocks of scores, for %s", reason)
             return ScoreBlocks(self.name)
         if not has_flash(problem):
+            logger.debug("torch_cuda: the memory-efficient kernel")
             return Efficient(self.name, problem.deterministic)
-        return FlashKernel(self.name, Cudnn() if has_cudnn(problem) else AtenFlash(), problem)
+        library = Cudnn() if has_cudnn(problem) else AtenFlash()
+        logger.debug("torch_cuda: %s", type(library).__name__)
+        return FlashKernel(self.name, library, problem)
 
 
 def not_fused(problem: Problem) -> str | None:

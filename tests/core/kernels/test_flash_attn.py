@@ -185,13 +185,13 @@ def packages(monkeypatch):
             monkeypatch.setitem(FLASH_ATTN, name, offer)
         from nnscaler_ring.core import kernels
 
-        kernels._load.cache_clear()
+        kernels.offer_of.cache_clear()
 
     yield install
     from nnscaler_ring.core import kernels
 
     monkeypatch.undo()
-    kernels._load.cache_clear()
+    kernels.offer_of.cache_clear()
 
 
 def functions_of(name: str):
