@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nnscaler_ring.core.kernels import Problem, kernel_refusals, select_kernel
+from nnscaler_ring.core.kernels import Problem, auto_kernels, kernel_refusals, select_kernel
 
-PACKAGES = ("torch", "nnscaler", "flash-attn", "transformer-engine", "triton")
+PACKAGES = ("torch", "nnscaler", "flash-attn", "flash-attn-4", "transformer-engine", "triton")
 """What changes results or speed; looked up, never imported: an import may take seconds or fail."""
 
 
@@ -72,13 +72,14 @@ def _problem(device_type: str, dtype: torch.dtype, head_dim: int) -> Problem:
 
 
 def kernel_table() -> list[dict[str, Any]]:
-    """For each typical problem: each kernel's refusal, or None; and what kernel="auto" takes."""
+    """For each typical problem: the kernels' refusals, and what kernel="auto" asks and takes."""
     return [
         {
             "device": problem.device_type,
             "dtype": str(problem.dtype).removeprefix("torch."),
             "head_dim": problem.head_dim,
             "refusals": kernel_refusals(problem),
+            "asked": auto_kernels(problem),
             "auto": auto_kernel(problem),
         }
         for problem in typical_problems()
