@@ -25,7 +25,7 @@ NAMES = ("out", "softmax_lse", "dq", "dk", "dv", "dbias")
 
 
 def case_of(exchange: str) -> Case:
-    """Uneven shards, one of them empty, two heads of keys for six of queries, a batch of two."""
+    """Uneven shards, one of them empty, two heads of keys for six of queries, a window."""
     found = next(c for c in all_cases(1) if c.op == "ring" and c.world_size == 3)
     return replace(
         found,
@@ -34,8 +34,8 @@ def case_of(exchange: str) -> Case:
         shard_lens=LENS,
         shard_lens_k=LENS,
         heads=(6, 2),
-        causal=True,
-        window_size=(-1, -1),
+        causal=False,
+        window_size=(4, 5),
     )
 
 
