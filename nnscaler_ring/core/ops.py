@@ -40,7 +40,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor,
     run = prepare(q.shape[-3], q, k, v, extras, options)
     transport = run.transport("forward")
     packed = q.dim() == 3
-    seed = agreed_seed(extras.dropout_seed, transport, must_be_same=options.same_seed)
+    seed = agreed_seed(extras.dropout_seed, transport, q.device, must_be_same=options.same_seed)
     q, k, v = _dense(packed, q, k, v)
     bias = _dense_bias(packed, extras.bias)
     moves = run.plan.moves_in

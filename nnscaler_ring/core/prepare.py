@@ -17,7 +17,7 @@ from nnscaler_ring.core.kernels import AttentionKernel, Problem, select_kernel
 from nnscaler_ring.core.options import Extras, Options
 from nnscaler_ring.core.schedule import Mask
 from nnscaler_ring.core.scores import Scores
-from nnscaler_ring.core.transport import Transport
+from nnscaler_ring.core.transport import Transport, connect
 
 
 class Run(NamedTuple):
@@ -72,6 +72,7 @@ def prepare(
         kernel = select_kernel(options.kernel, _problem(call))
         plan = plan_call(call, place.block)
     agree(options.group, call, options.op, lambda: describe(call))
+    connect(options.group, q.device)
     return Run(place, plan, kernel, options)
 
 

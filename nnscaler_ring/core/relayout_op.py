@@ -13,6 +13,7 @@ from nnscaler_ring.core.call import RelayoutCall, describe, plan_relayout
 from nnscaler_ring.core.groups import find_place
 from nnscaler_ring.core.prepare import transport_of
 from nnscaler_ring.core.relayout import move_rows
+from nnscaler_ring.core.transport import connect
 
 RELAYOUT_SCHEMA = (
     "(Tensor x, int dim, str op, str group, SymInt[]? shard_lens, str source, str target, "
@@ -50,6 +51,7 @@ def relayout_op(
         )
         plan = plan_relayout(call, place.block, x.shape[dim])
     agree(group, call, op, lambda: describe(call))
+    connect(group, x.device)
     return move_rows([(x, dim)], plan.moves, transport_of(group, place, op, plan.tag))[0]
 
 

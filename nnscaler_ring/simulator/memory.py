@@ -373,23 +373,23 @@ class _Ledger:
             if distance == 0:
                 self.compute_gradients(tiles, self.home)
             else:
-                if distance > 1:
-                    self.hold(f"messages:so far {distance}", rows * wide)
-                self.drop(f"messages:so far {distance - 1}", f"kv_chunk:{distance - 1}")
-                self.drop(f"sums:message {distance - 1}")
+                self.drop(f"kv_chunk:{distance - 1}")
                 keys = _Sum(f"message {distance}", rows, (sizes.k_numbers, sizes.v_numbers))
                 self.compute_gradients(tiles, keys)
+                self.drop("messages:sums")
                 if distance > 1:
                     self._to_sum(keys)
-                if keys.itemsize == sizes.sum_itemsize:
-                    self.drop("messages:sums")
-                    self.live["messages:sums"] = self.live.pop(f"sums:message {distance}")
-                else:
+                self.drop("messages:so far")
+                following = sources[(distance + 1) % len(sources)]
+                self.hold("messages:so far", self.schedule.k_lens[following] * wide)
+                if keys.itemsize != sizes.sum_itemsize:
                     self.hold("messages:sums", rows * wide)
+                    self.drop(f"sums:message {distance}")
+                else:
+                    self.live["messages:sums"] = self.live.pop(f"sums:message {distance}")
             if f"messages:{distance + 1}" in self.live:
                 self.live[f"kv_chunk:{distance + 1}"] = self.live.pop(f"messages:{distance + 1}")
         if len(sources) > 1:
-            self.hold("messages:mine", self.keys * wide)
             self._to_sum(self.home)
         self.live = Counter(
             {n: size for n, size in self.live.items() if not n.startswith(("messages", "kv_chunk"))}

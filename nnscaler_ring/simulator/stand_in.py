@@ -215,15 +215,13 @@ def _ring_keys(plan: RingPlan, peers: Peers) -> Iterator[Answer]:
 def _ring_gradients(plan: RingPlan, rank: int, peers: Peers) -> Iterator[Answer]:
     """The sums of the ranks between a shard's owner and this rank, owner's right first."""
     ranks = peers.schedule.world_size
-    for source in [*plan.sources[1:], rank]:
+    for source in [*plan.sources[2:], rank]:
         between = [(source + n) % ranks for n in range(1, ranks)]
         between = between[: between.index(rank)] if rank in between else between
 
         def answer(
             receives: Sequence[Message], source: int = source, chain: Sequence[int] = between
         ) -> None:
-            if not chain:
-                return
             k, v = peers.shares.keys(source)
             so_far: list[Tensor] = []
             for peer in chain:

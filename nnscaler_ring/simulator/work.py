@@ -79,7 +79,7 @@ def planned_work(call: SimulatedCall, rank: int) -> tuple[RankWork, RankWork]:
     def step(distance: int) -> StepWork:
         found = Distance.of(schedule, rank, distance)
         ((one, other),) = zip(found.incoming.steps(1), found.outgoing.steps(1), strict=True)
-        return StepWork.of(Round(one, found.target, other))
+        return StepWork.of(Round(distance, one, found.target, other))
 
     steps = _by_distance(step, ranks)
     direct = tuple(
