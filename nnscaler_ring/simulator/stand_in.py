@@ -28,7 +28,7 @@ from nnscaler_ring.core.exchange import (
     ExchangePlan,
     GradientStep,
     RingPlan,
-    Round,
+    Rounds,
 )
 from nnscaler_ring.core.groups import Place, Traffic
 from nnscaler_ring.core.kernels import AttentionKernel
@@ -183,7 +183,7 @@ def stand_in(
     )
 
 
-def _direct_keys(rounds: Sequence[Round], peers: Peers) -> Iterator[Answer]:
+def _direct_keys(rounds: Rounds, peers: Peers) -> Iterator[Answer]:
     for round_ in rounds:
         step = round_.incoming
         yield lambda receives, step=step: _fill(
@@ -191,7 +191,7 @@ def _direct_keys(rounds: Sequence[Round], peers: Peers) -> Iterator[Answer]:
         )  # type: ignore[misc]
 
 
-def _direct_gradients(rounds: Sequence[Round], rank: int, peers: Peers) -> Iterator[Answer]:
+def _direct_gradients(rounds: Rounds, rank: int, peers: Peers) -> Iterator[Answer]:
     for round_ in rounds:
 
         def answer(receives: Sequence[Message], round_=round_) -> None:  # type: ignore[no-untyped-def]
