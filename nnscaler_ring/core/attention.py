@@ -14,7 +14,8 @@ from nnscaler_ring.core.dilated_ops import DilatedOptions, dilated_attention_op
 from nnscaler_ring.core.dropout import DropoutSeed, seed_tensor
 from nnscaler_ring.core.groups import ALONE, find_place, group_string
 from nnscaler_ring.core.layout import LAYOUTS
-from nnscaler_ring.core.ops import Extras, Options, attention_op
+from nnscaler_ring.core.ops import attention_op
+from nnscaler_ring.core.options import Extras, Options
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.dilation import HeadOffsets

@@ -21,9 +21,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward
 from nnscaler_ring.core.exchange import (
-    BACKWARD_KEYS,
     EXCHANGES,
-    FORWARD_KEYS,
     AllGatherPlan,
     DirectPlan,
     ExchangePlan,
@@ -35,7 +33,7 @@ from nnscaler_ring.core.groups import Place, Traffic
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.online_softmax import accumulation_dtype
 from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.schedule import Rows, Schedule, Step
+from nnscaler_ring.core.schedule import Rows, Schedule
 from nnscaler_ring.core.scores import Scores
 from nnscaler_ring.core.tile import Tile
 from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
@@ -212,15 +210,13 @@ def _ring_keys(plan: RingPlan, peers: Peers) -> Iterator[Answer]:
 def _ring_gradients(plan: RingPlan, rank: int, peers: Peers) -> Iterator[Answer]:
     """The sums of the ranks between a shard's owner and this rank, owner's right first."""
     ranks = peers.schedule.world_size
-    for source in [*plan.sources[1:], rank]:
+    for source in [*plan.sources[2:], rank]:
         between = [(source + n) % ranks for n in range(1, ranks)]
         between = between[: between.index(rank)] if rank in between else between
 
         def answer(
             receives: Sequence[Message], source: int = source, chain: Sequence[int] = between
         ) -> None:
-            if not chain:
-                return
             k, v = peers.shares.keys(source)
             so_far: list[Tensor] = []
             for peer in chain:
@@ -295,14 +291,3 @@ def _fill(receives: Sequence[Message], k: Tensor, v: Tensor) -> None:
         ]
     for part, x in zip(parts, (k, v), strict=True):
         part.copy_(x)
-
-
-def message_parts(schedule: Schedule, *, backward: bool) -> int:
-    """How many messages the direct exchange cuts a step into."""
-    keys = BACKWARD_KEYS if backward else FORWARD_KEYS
-    return 1 << max(0, (max(schedule.k_lens) // keys).bit_length() - 1)
-
-
-def is_packed(step: Step, batch: int) -> bool:
-    """Whether the direct exchange copies the rows of a step before it sends them."""
-    return not (len(step.rows) == 1 and (batch == 1 or step.whole))

@@ -25,10 +25,10 @@ from nnscaler_ring.core.schedule import (
     CAUSAL,
     FULL,
     Mask,
+    PairWork,
     Rows,
     Schedule,
     cut_rows,
-    message_steps,
     row_count,
 )
 from nnscaler_ring.core.tile import Tile
@@ -200,7 +200,7 @@ def test_messages_cover_the_needed_rows_in_order_in_equal_parts(parts):
     for problem in random_problems(10 + parts, 300):
         for rank in problem.ranks:
             for source in problem.ranks:
-                steps = message_steps(problem.schedule, rank, source, parts)
+                steps = list(PairWork.of(problem.schedule, rank, source).steps(parts))
                 needed = problem.read_rows(rank, source)
                 sizes = [row_count(step.rows) for step in steps]
                 assert len(steps) == parts
