@@ -65,7 +65,10 @@ class Problem:
 class KernelOffer(Protocol):
     """What a name in `KERNELS` stands for."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The name."""
+        ...
 
     def supports(self, problem: Problem) -> str | None:
         """None if it can do it, else the reason why it cannot."""

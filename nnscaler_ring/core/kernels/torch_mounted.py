@@ -53,7 +53,8 @@ class Mounted:
         return FlashKernel(self.name, AtenFlash(), problem, self.package.max_head_dim(problem))
 
     def _not_offered(self) -> str | None:
-        offers = getattr(attention, "list_flash_attention_impls", list)()
+        # New in torch 2.11.
+        offers: list[str] = getattr(attention, "list_flash_attention_impls", list)()
         if self.implementation not in offers:
             return f"torch {torch.__version__} offers to mount {offers or 'nothing'}"
         if self.implementation == "FA4":
