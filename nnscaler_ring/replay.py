@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -191,7 +191,7 @@ class Replay:
         q, k, v, dout = (x[:, mine] for x in (self.q, self.k, self.v, self.dout))
         scores = Scores(call.scale)
 
-        def keys_of(rounds: Sequence[Round]) -> list[Answer]:
+        def keys_of(rounds: Iterable[Round]) -> list[Answer]:
             tokens = [
                 call.tokens_of(layout, r.incoming.source, r.incoming.rows).to(self.device)
                 for r in rounds
@@ -200,7 +200,7 @@ class Replay:
 
         answers = {"forward_kv": keys_of(plan.forward_rounds)}
         answers["backward_kv"] = keys_of(plan.backward_rounds)
-        answers["gradient"] = [_fill_with_zeros] * len(plan.backward_rounds)
+        answers["gradient"] = [_fill_with_zeros] * len(answers["backward_kv"])
 
         def exchange() -> Any:
             kinds: dict[Kind, Iterator[Answer]]
