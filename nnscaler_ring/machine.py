@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
+from collections.abc import Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -50,9 +53,25 @@ def device_name(device: str) -> str:
     return f"{platform.machine()} CPU, {os.cpu_count()} cores, {platform.system()}"
 
 
+def origin(command: Sequence[str], device: str) -> dict[str, Any]:
+    """What a report's figures are from: command, date, device, versions."""
+    return {
+        "command": shlex.join(command),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "versions": package_versions(),
+    }
+
+
 def device_types() -> list[str]:
     """The device types that this machine has."""
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a device type that this machine has not."""
+    if device not in device_types():
+        raise ValueError(f"device must be one of {device_types()} on this machine, got {device}.")
 
 
 def typical_problems() -> list[Problem]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
+import os
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from nnscaler_ring.calibrate import CASES, DTYPES, calibrate, compare
 from nnscaler_ring.commands.options import rank_errors
-from nnscaler_ring.machine import device_name, package_versions
+from nnscaler_ring.machine import origin
 from nnscaler_ring.simulator.planner import gigabytes
 
 
@@ -43,6 +42,7 @@ from nnscaler_ring.simulator.planner import gigabytes
 @click.option("--cases", default=len(CASES), type=click.IntRange(1), help="Compare only so many.")
 def bench(wanted: bool, out: Path, report: Path | None, cases: int) -> None:
     """Measure this machine for the simulator; benchmarks/ has the benchmarks of the library."""
+    load_before = os.getloadavg()
     console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     chosen = CASES[:cases]
@@ -62,10 +62,9 @@ def bench(wanted: bool, out: Path, report: Path | None, cases: int) -> None:
     console.print(f"wrote {out}", highlight=False)
     if report:
         record = {
-            "command": shlex.join(["nnscaler-ring", *sys.argv[1:]]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "device": device_name("cpu"),
-            "versions": package_versions(),
+            **origin(["nnscaler-ring", *sys.argv[1:]], "cpu"),
+            "load_average_before": load_before,
+            "load_average_after": os.getloadavg(),
             "cluster": cluster.to_json(),
             "rows": rows,
         }
