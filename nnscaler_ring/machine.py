@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +75,26 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+def origin(command: Sequence[str], device: str) -> dict[str, Any]:
+    """What a report's figures are from: command, date, device, versions, commit."""
+    return {
+        "command": shlex.join(command),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "versions": package_versions(),
+        **source_commit(),
+    }
+
+
 def device_types() -> list[str]:
     """The device types that this machine has."""
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a device type that this machine has not."""
+    if device not in device_types():
+        raise ValueError(f"device must be one of {device_types()} on this machine, got {device}.")
 
 
 def typical_problems() -> list[Problem]:

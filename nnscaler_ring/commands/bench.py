@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
+import os
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from nnscaler_ring.calibrate import CASES, DTYPES, calibrate, compare
 from nnscaler_ring.commands.options import rank_errors, usage_errors
 from nnscaler_ring.commands.replay import replay
 from nnscaler_ring.launch import BACKENDS
-from nnscaler_ring.machine import device_name, package_versions
+from nnscaler_ring.machine import origin
 from nnscaler_ring.simulator.planner import gigabytes
 
 CLUSTER_FILE = Path("this_machine.json")
@@ -78,6 +77,7 @@ def bench(
 
 
 def _calibrate(console: Console, out: Path, report: Path | None, cases: int) -> None:
+    load_before = os.getloadavg()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     chosen = CASES[:cases]
     with (
@@ -96,10 +96,9 @@ def _calibrate(console: Console, out: Path, report: Path | None, cases: int) -> 
     console.print(f"wrote {out}", highlight=False)
     if report:
         record = {
-            "command": shlex.join(["nnscaler-ring", *sys.argv[1:]]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "device": device_name("cpu"),
-            "versions": package_versions(),
+            **origin(["nnscaler-ring", *sys.argv[1:]], "cpu"),
+            "load_average_before": load_before,
+            "load_average_after": os.getloadavg(),
             "cluster": cluster.to_json(),
             "rows": rows,
         }

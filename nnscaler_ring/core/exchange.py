@@ -25,7 +25,7 @@ Note [One order of messages]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -166,18 +166,20 @@ class Distance:
         incoming, outgoing = (row_count(pair.rows) for pair in (self.incoming, self.outgoing))
         return message_count(incoming, longest, keys), message_count(outgoing, longest, keys)
 
-    def rounds(self, longest: int, keys: int) -> Iterator[Round]:
-        """These messages.
+    def rounds(
+        self, longest: int, keys: int, chosen: Iterable[int] | None = None
+    ) -> Iterator[Round]:
+        """These messages, or those of them whose numbers, from 0, are `chosen`.
 
         The side that has fewer ends with empty ones; what is empty on both is left out.
         """
         parts_in, parts_out = self.parts(longest, keys)
-        most = max(parts_in, parts_out)
-        steps = self.incoming.steps(parts_in, most), self.outgoing.steps(parts_out, most)
         first = self.distance * _most_messages(longest, keys)
-        for number, (step_in, step_out) in enumerate(zip(*steps, strict=True), start=first):
-            if step_in.rows or step_out.rows:
-                yield Round(number, step_in, self.target, step_out)
+        for number in range(max(parts_in, parts_out)) if chosen is None else chosen:
+            incoming = self.incoming.step(number, parts_in)
+            outgoing = self.outgoing.step(number, parts_out)
+            if incoming.rows or outgoing.rows:
+                yield Round(first + number, incoming, self.target, outgoing)
 
 
 def message_count(rows: int, longest: int, keys: int) -> int:

@@ -135,16 +135,15 @@ class PairWork:
         in_message = merge_neighbours(_along_message(tiles, rows))
         return cls(source, rows, tuple(in_message), schedule.k_lens[source])
 
-    def steps(self, parts: int, count: int = 0) -> Iterator[Step]:
-        """The needed rows cut into `parts` equal messages, then empty ones up to `count`."""
+    def step(self, number: int, parts: int) -> Step:
+        """One of `parts` equal messages that the needed rows are cut into; later ones are empty."""
         total = row_count(self.rows)
-        edges = [min(part, parts) * total // parts for part in range(max(parts, count) + 1)]
-        for start, stop in pairwise(edges):
-            clipped = (clip_keys(tile, start, stop) for tile in self.tiles)
-            part = tuple(tile.keys_moved(-start) for tile in clipped if tile)
-            cut = cut_rows(self.rows, start, stop)
-            whole = row_count(cut) == self.source_len
-            yield Step(self.source, cut, part, _summed(part), whole)
+        start, stop = (min(n, parts) * total // parts for n in (number, number + 1))
+        clipped = (clip_keys(tile, start, stop) for tile in self.tiles)
+        part = tuple(tile.keys_moved(-start) for tile in clipped if tile)
+        cut = cut_rows(self.rows, start, stop)
+        whole = row_count(cut) == self.source_len
+        return Step(self.source, cut, part, _summed(part), whole)
 
 
 def row_count(rows: Rows) -> int:

@@ -279,10 +279,11 @@ class _Ledger:
         """The messages at some distances, of which a few stand for all of a distance."""
         ranks, longest = self.schedule.world_size, max(self.schedule.k_lens)
         distances = sorted({*range(1, min(ALIKE + 1, ranks)), *range(max(1, ranks - ALIKE), ranks)})
-        found = []
+        found: list[Round] = []
         for distance in distances:
-            rounds = list(Distance.of(self.schedule, self.rank, distance).rounds(longest, keys))
-            found += rounds[:ALIKE] + rounds[ALIKE:][-1:]
+            some = Distance.of(self.schedule, self.rank, distance)
+            count = max(some.parts(longest, keys))
+            found += some.rounds(longest, keys, sorted({*range(min(ALIKE, count)), count - 1}))
         return found
 
     def _local_tiles(self) -> list[Tile]:

@@ -78,7 +78,7 @@ def planned_work(call: SimulatedCall, rank: int) -> tuple[RankWork, RankWork]:
 
     def step(distance: int) -> StepWork:
         found = Distance.of(schedule, rank, distance)
-        ((one, other),) = zip(found.incoming.steps(1), found.outgoing.steps(1), strict=True)
+        one, other = found.incoming.step(0, 1), found.outgoing.step(0, 1)
         return StepWork.of(Round(distance, one, found.target, other))
 
     steps = _by_distance(step, ranks)

@@ -412,8 +412,8 @@ def test_many_messages_are_made_when_they_are_asked_for(monkeypatch):
 def test_a_plan_does_not_grow_with_the_tokens(monkeypatch):
     """1e9 tokens on 64 ranks travel in 10^5 messages; a plan makes none of them."""
     cut = []
-    steps = PairWork.steps
-    monkeypatch.setattr(PairWork, "steps", lambda *x: cut.append(x) or steps(*x))
+    step = PairWork.step
+    monkeypatch.setattr(PairWork, "step", lambda *x: cut.append(x) or step(*x))
     layout = LAYOUTS["zigzag"].for_shards((10**9 // 64 // 2 * 2,) * 64)
     rounds = DirectPlan(Schedule(layout, layout, CAUSAL), 5).backward_rounds
     assert not cut

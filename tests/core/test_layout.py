@@ -157,6 +157,6 @@ def test_planning_needs_no_torch(module):
             from nnscaler_ring.core.layout import Zigzag
             from nnscaler_ring.core.schedule import CAUSAL, PairWork, Schedule
             schedule = Schedule(Zigzag(64, 4), Zigzag(64, 4), CAUSAL)
-            assert next(PairWork.of(schedule, 1, 0).steps(1)).tiles
+            assert PairWork.of(schedule, 1, 0).step(0, 1).tiles
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=60)

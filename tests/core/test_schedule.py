@@ -261,10 +261,13 @@ def test_messages_cover_the_needed_rows_in_order_in_equal_parts(parts):
     for problem in random_problems(10 + parts, 300):
         for rank in problem.ranks:
             for source in problem.ranks:
-                steps = list(PairWork.of(problem.schedule, rank, source).steps(parts))
+                steps = [
+                    PairWork.of(problem.schedule, rank, source).step(n, parts) for n in range(parts)
+                ]
                 needed = problem.read_rows(rank, source)
                 sizes = [row_count(step.rows) for step in steps]
-                assert len(steps) == parts
+                beyond = PairWork.of(problem.schedule, rank, source).step(parts, parts)
+                assert not beyond.rows and not beyond.tiles
                 assert [row for step in steps for row in rows_of(step.rows)] == needed, problem.what
                 assert max(sizes) - min(sizes) <= 1, (sizes, problem.what)
                 for step in steps:
