@@ -17,6 +17,8 @@ import torch
 import nnscaler_ring
 from nnscaler_ring.machine import source_commit
 
+ROOT = Path(__file__).resolve().parents[1]
+
 Row = dict[str, Any]
 
 
