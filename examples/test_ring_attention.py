@@ -1,0 +1,11 @@
+"""The guide's test suite, over ranks of this machine.
+
+python examples/test_ring_attention.py --device cpu --dtype float64 --ranks 3 --verbose
+"""
+
+import sys
+
+from nnscaler_ring.dilated.ring_attention_tester import main
+
+if __name__ == "__main__":
+    sys.exit(main())
