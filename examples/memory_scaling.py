@@ -63,7 +63,7 @@ def attend(rank: Rank, tokens: int, exchange: str) -> None:
 def measure(rank: Rank, tokens: int, exchange: str) -> tuple[int, int]:
     """(counted bytes of tensors, peak of resident memory above the level before)."""
     attend(rank, 64 * rank.world_size, exchange)  # loads what the first call loads
-    counted = count_tensor_bytes(lambda: attend(rank, tokens, exchange))
+    counted = count_tensor_bytes(lambda: attend(rank, tokens, exchange)).peak
     with peak_memory(torch.device("cpu")) as peak:
         attend(rank, tokens, exchange)
     return counted, peak.bytes

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +50,26 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name(0)
     return f"{platform.machine()} CPU, {os.cpu_count()} cores, {platform.system()}"
+
+
+def source_commit() -> dict[str, Any]:
+    """The git commit of a source checkout, and whether it has changes; None where there is none."""
+    here = Path(__file__).resolve()
+    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
+    if tracked is None:
+        return {"commit": None, "dirty": None}
+    # New result files do not change what is measured.
+    changes = _git(here.parents[1], "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return {"commit": _git(here.parent, "rev-parse", "HEAD"), "dirty": bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def device_types() -> list[str]:

@@ -45,6 +45,9 @@ FORWARD_KEYS, BACKWARD_KEYS = 8192, 2048
 SHORTEST = 8
 """The part of that below which messages are not cut."""
 
+KEPT_ROUNDS = 4096
+"""So many messages of a pass are planned once; more, of very long shards, anew in every pass."""
+
 
 class Keys(NamedTuple):
     """Keys and values [batch, keys, num_kv_heads, head_dim], and the tiles that read them.
@@ -158,14 +161,19 @@ class Distance:
         incoming = PairWork.of(schedule, rank, source)
         return cls(distance, incoming, target, PairWork.of(schedule, target, rank))
 
+    def parts(self, longest: int, keys: int) -> tuple[int, int]:
+        """How many messages come in and go out, of about `keys` tokens of the longest shard."""
+        incoming, outgoing = (row_count(pair.rows) for pair in (self.incoming, self.outgoing))
+        return message_count(incoming, longest, keys), message_count(outgoing, longest, keys)
+
     def rounds(self, longest: int, keys: int) -> Iterator[Round]:
-        """All messages, of about `keys` tokens of the longest shard.
+        """These messages.
 
         The side that has fewer ends with empty ones; what is empty on both is left out.
         """
-        pairs = self.incoming, self.outgoing
-        parts = [message_count(row_count(pair.rows), longest, keys) for pair in pairs]
-        steps = [pair.steps(n, max(parts)) for pair, n in zip(pairs, parts, strict=True)]
+        parts_in, parts_out = self.parts(longest, keys)
+        most = max(parts_in, parts_out)
+        steps = self.incoming.steps(parts_in, most), self.outgoing.steps(parts_out, most)
         first = self.distance * _most_messages(longest, keys)
         for number, (step_in, step_out) in enumerate(zip(*steps, strict=True), start=first):
             if step_in.rows or step_out.rows:
@@ -180,6 +188,28 @@ def message_count(rows: int, longest: int, keys: int) -> int:
 
 def _most_messages(longest: int, keys: int) -> int:
     return _power_of_two(longest // keys)
+
+
+class Rounds:
+    """The messages of one pass in order, the nearest distance first.
+
+    A shard of millions of tokens has so many that they would take more time and memory than all
+    else of the plan: then they are made when they are asked for. See `KEPT_ROUNDS`.
+    """
+
+    def __init__(self, distances: Sequence[Distance], longest: int, keys: int) -> None:
+        self._distances = distances
+        self._longest = longest
+        self._keys = keys
+        most = sum(max(some.parts(longest, keys)) for some in distances)
+        self._kept = tuple(self._made()) if most <= KEPT_ROUNDS else None
+
+    def __iter__(self) -> Iterator[Round]:
+        return self._made() if self._kept is None else iter(self._kept)
+
+    def _made(self) -> Iterator[Round]:
+        for some in self._distances:
+            yield from some.rounds(self._longest, self._keys)
 
 
 class DirectPlan:
@@ -200,23 +230,20 @@ class DirectPlan:
         self.rows = ((rank, 0, schedule.k_lens[rank]),)
         distances = [Distance.of(schedule, rank, n) for n in range(1, schedule.world_size)]
         longest = max(schedule.k_lens)
-
-        def rounds(keys: int) -> tuple[Round, ...]:
-            return tuple(round_ for some in distances for round_ in some.rounds(longest, keys))
-
-        self.forward_rounds = rounds(forward_keys)
-        self.backward_rounds = rounds(backward_keys)
+        self.forward_rounds = Rounds(distances, longest, forward_keys)
+        self.backward_rounds = Rounds(distances, longest, backward_keys)
 
     def start(self, transport: Transport) -> KVExchange:
         return _Direct(self, transport)
 
     def sent(self) -> Sent:
-        incoming = [round_.incoming for round_ in self.backward_rounds]
-        return Sent(
-            sum(row_count(round_.outgoing.rows) for round_ in self.backward_rounds),
-            sum(row_count(step.rows) for step in incoming if not step.summed),
-            sum(row_count(step.rows) for step in incoming if step.summed),
-        )
+        kv, gradients, summed = 0, 0, 0
+        for round_ in self.backward_rounds:
+            kv += row_count(round_.outgoing.rows)
+            rows = row_count(round_.incoming.rows)
+            gradients += 0 if round_.incoming.summed else rows
+            summed += rows if round_.incoming.summed else 0
+        return Sent(kv, gradients, summed)
 
 
 class _Direct:
@@ -248,15 +275,17 @@ class _Direct:
         return self._home.dk.current(), self._home.dv.current()
 
     def _arrivals(
-        self, kind: Kind, rounds: Sequence[Round], k: Tensor, v: Tensor
+        self, kind: Kind, rounds: Rounds, k: Tensor, v: Tensor
     ) -> Iterator[tuple[Keys, Round | None]]:
         """The local keys, then every round's, each yielded while the next is under way."""
-        under_way = self._post(kind, rounds[0], k, v) if rounds else None
+        coming = iter(rounds)
+        following = next(coming, None)
+        under_way = self._post(kind, following, k, v) if following else None
         yield Keys(k, v, self._plan.tiles, self._plan.rows), None
-        for n, round_ in enumerate(rounds):
+        while round_ := following:
             transfer, buffer = under_way or self._post(kind, round_, k, v)
             transfer.wait()
-            following = rounds[n + 1] if n + 1 < len(rounds) else None
+            following = next(coming, None)
             # Note [One order of messages]
             early = kind == "forward_kv" or (following and following.number == round_.number + 1)
             under_way = self._post(kind, following, k, v) if following and early else None

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.coordinates import KeyRows
 from nnscaler_ring.core.engine import attention_backward
 from nnscaler_ring.core.exchange import (
     EXCHANGES,
@@ -27,7 +28,7 @@ from nnscaler_ring.core.exchange import (
     ExchangePlan,
     GradientStep,
     RingPlan,
-    Round,
+    Rounds,
 )
 from nnscaler_ring.core.groups import Place, Traffic
 from nnscaler_ring.core.kernels import AttentionKernel
@@ -72,14 +73,15 @@ class Peers:
     schedule: Schedule
     shares: Shares
     kernel: AttentionKernel
-    softmax_scale: float
+    scores: Callable[[int], Scores]
+    """Of a rank's rows."""
 
     def gradients(
-        self, rank: int, k: Tensor, v: Tensor, tiles: Sequence[Tile]
+        self, rank: int, k: Tensor, v: Tensor, tiles: Sequence[Tile], rows: KeyRows
     ) -> tuple[RowSum, RowSum]:
-        """A rank's part of the gradients of some keys: Note [What a peer sends]."""
+        """A rank's part of the gradients of some keys, `rows`: Note [What a peer sends]."""
         peer = self.shares.queries(rank)
-        step = _OneStep(tiles)
+        step = _OneStep(tiles, rows)
         attention_backward(
             peer.dout,
             None,
@@ -90,7 +92,7 @@ class Peers:
             peer.softmax_lse,
             exchange=step,
             kernel=self.kernel,
-            scores=Scores(self.softmax_scale),
+            scores=self.scores(rank),
         )
         return step.dk, step.dv
 
@@ -98,15 +100,16 @@ class Peers:
 class _OneStep:
     """An exchange of a single step, whose sums of gradients can be read afterwards."""
 
-    def __init__(self, tiles: Sequence[Tile]) -> None:
+    def __init__(self, tiles: Sequence[Tile], rows: KeyRows) -> None:
         self._tiles = tiles
+        self._rows = rows
 
     def steps(self, k: Tensor, v: Tensor) -> Iterator[Any]:
         raise NotImplementedError("a peer's forward pass is not asked for.")
 
     def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
         self.dk, self.dv = RowSum(k), RowSum(v)
-        yield GradientStep(k, v, self._tiles, (), self.dk, self.dv)
+        yield GradientStep(k, v, self._tiles, self._rows, self.dk, self.dv)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         return self.dk.current(), self.dv.current()
@@ -180,7 +183,7 @@ def stand_in(
     )
 
 
-def _direct_keys(rounds: Sequence[Round], peers: Peers) -> Iterator[Answer]:
+def _direct_keys(rounds: Rounds, peers: Peers) -> Iterator[Answer]:
     for round_ in rounds:
         step = round_.incoming
         yield lambda receives, step=step: _fill(
@@ -188,14 +191,16 @@ def _direct_keys(rounds: Sequence[Round], peers: Peers) -> Iterator[Answer]:
         )  # type: ignore[misc]
 
 
-def _direct_gradients(rounds: Sequence[Round], rank: int, peers: Peers) -> Iterator[Answer]:
+def _direct_gradients(rounds: Rounds, rank: int, peers: Peers) -> Iterator[Answer]:
     for round_ in rounds:
 
         def answer(receives: Sequence[Message], round_=round_) -> None:  # type: ignore[no-untyped-def]
             step = round_.outgoing
             if step.rows:
                 k, v = peers.shares.keys(rank, step.rows)
-                sums = peers.gradients(round_.target, k, v, step.tiles)
+                sums = peers.gradients(
+                    round_.target, k, v, step.tiles, [(rank, *run) for run in step.rows]
+                )
                 _fill(receives, *(total.current() for total in sums))
 
         yield answer
@@ -221,7 +226,7 @@ def _ring_gradients(plan: RingPlan, rank: int, peers: Peers) -> Iterator[Answer]
             so_far: list[Tensor] = []
             for peer in chain:
                 tiles = tuple(peers.schedule.tiles(peer, (source,)))
-                sums = peers.gradients(peer, k, v, tiles)
+                sums = peers.gradients(peer, k, v, tiles, [(source, 0, k.shape[1])])
                 for total, before in zip(sums, so_far, strict=False):
                     total.add_(slice(None), before)
                 so_far = [total.current().to(accumulation_dtype(k.dtype)) for total in sums]
@@ -258,12 +263,13 @@ class _Collectives:
         if not self._parts:
             shards = [self._peers.shares.keys(rank) for rank in range(ranks)]
             k, v = (torch.cat(parts, dim=1) for parts in zip(*shards, strict=True))
+            rows = [(source, 0, length) for source, length in enumerate(schedule.k_lens)]
             start = sum(schedule.k_lens[: self._rank])
             mine = slice(start, start + schedule.k_lens[self._rank])
             for distance in range(1, ranks):
                 peer = (self._rank - distance) % ranks
                 tiles = tuple(schedule.tiles(peer, range(ranks)))
-                sums = self._peers.gradients(peer, k, v, tiles)
+                sums = self._peers.gradients(peer, k, v, tiles, rows)
                 self._parts.append([total.current()[:, mine] for total in sums])
         own = x.view(ranks, -1)[self._rank]
         total = torch.zeros_like(own)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import nnscaler_ring
+from nnscaler_ring.core import exchange as exchange_module
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import EXCHANGES, DirectPlan, ExchangePlan
 from nnscaler_ring.core.groups import Traffic, find_place, group_state, group_string
@@ -15,7 +16,7 @@ from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
 from nnscaler_ring.core.layout import LAYOUTS
 from nnscaler_ring.core.online_softmax import accumulation_dtype
-from nnscaler_ring.core.schedule import CAUSAL, Mask, Schedule, row_count
+from nnscaler_ring.core.schedule import CAUSAL, Mask, PairWork, Schedule, row_count
 from nnscaler_ring.core.scores import Scores
 from nnscaler_ring.core.transport import Transport
 from tests.cases import EXCHANGES as EXCHANGE_NAMES
@@ -316,7 +317,7 @@ def test_small_messages_equal_dense(pool):
         for problem in problems
     ]
     rounds = [
-        len(plan_of("direct", problem, 0, keys_per_message).backward_rounds)
+        len([*plan_of("direct", problem, 0, keys_per_message).backward_rounds])
         for problem, _, keys_per_message, *_ in cases
     ]
     assert sum(n > 3 for n in rounds) > 20, rounds  # more rounds than there are other ranks
@@ -396,6 +397,31 @@ def test_a_window_over_long_shards_is_not_cut_into_crumbs(keys, left):
     assert max(lengths) <= keys, "no longer than the messages of a whole shard"
 
 
+def test_many_messages_are_made_when_they_are_asked_for(monkeypatch):
+    """The same ones, and again in the next pass."""
+    for problem in [*UNLIKE.values(), *random_problems(3, 50)]:
+        for rank in problem.ranks:
+            kept = [*DirectPlan(problem.schedule, rank, 6, 3).backward_rounds]
+            with monkeypatch.context() as patch:
+                patch.setattr(exchange_module, "KEPT_ROUNDS", -1)
+                made = DirectPlan(problem.schedule, rank, 6, 3).backward_rounds
+            for _ in range(2):
+                assert [*made] == kept, problem.what
+
+
+def test_a_plan_does_not_grow_with_the_tokens(monkeypatch):
+    """1e9 tokens on 64 ranks travel in 10^5 messages; a plan makes none of them."""
+    cut = []
+    steps = PairWork.steps
+    monkeypatch.setattr(PairWork, "steps", lambda *x: cut.append(x) or steps(*x))
+    layout = LAYOUTS["zigzag"].for_shards((10**9 // 64 // 2 * 2,) * 64)
+    rounds = DirectPlan(Schedule(layout, layout, CAUSAL), 5).backward_rounds
+    assert not cut
+    first = next(iter(rounds))
+    assert row_count(first.incoming.rows) <= 2 * 2048
+    assert len(cut) == 2
+
+
 def test_halves_and_wholes_stay_in_step():
     """Zigzag: every message of a step means the same work on all ranks."""
     layout = LAYOUTS["zigzag"].for_shards((1 << 16,) * 4)
@@ -432,7 +458,7 @@ def test_a_step_is_a_permutation_of_the_ranks():
     problem = dense_problem("zigzag", "zigzag", (8,) * 5, False, (-1, -1))
     plans = [DirectPlan(problem.schedule, rank) for rank in problem.ranks]
     for n in range(4):
-        rounds = [plan.backward_rounds[n] for plan in plans]
+        rounds = [[*plan.backward_rounds][n] for plan in plans]
         assert sorted(x.target for x in rounds) == list(problem.ranks)
         assert sorted(x.incoming.source for x in rounds) == list(problem.ranks)
         for rank, mine in enumerate(rounds):
