@@ -36,8 +36,9 @@ def merge_(out: Tensor, softmax_lse: Tensor, block_out: Tensor, block_lse: Tenso
         block_out: as `out`, any floating dtype.
         block_lse: as `softmax_lse`.
 
-    On CUDA one kernel where triton is installed, which torch's CUDA builds bring along: 10 bytes
-    of memory traffic per element of a bfloat16 block, where the operators of torch need 36.
+    On CUDA one kernel where triton is installed, which torch's CUDA builds bring along, and can
+    compile: 10 bytes of memory traffic per element of a bfloat16 block, where the operators of
+    torch need 36.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867.
     """
@@ -62,9 +63,16 @@ def _merge_of(device_type: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], No
     if device_type != "cuda":
         return eager_merge_
     try:
-        from nnscaler_ring.core.fused_merge import fused_merge_
+        from nnscaler_ring.core.fused_merge import fused_merge_, try_out
+
+        try_out(device_type)
     except ImportError as error:
-        logger.debug("partial results are merged by operators of torch: %s", error)
+        logger.info("partial results are merged by operators of torch: %s", error)
+        return eager_merge_
+    except Exception as error:
+        logger.warning(
+            "partial results are merged by operators of torch, which is slower: %s", error
+        )
         return eager_merge_
     return fused_merge_
 

@@ -113,8 +113,25 @@ def test_cuda_without_triton_is_merged_by_torch(fresh_choice, monkeypatch):
     assert online_softmax._merge_of("cuda") is eager_merge_
 
 
-def test_cuda_is_merged_by_one_kernel(fresh_choice, interpreted):
-    assert online_softmax._merge_of("cuda").__name__ == "fused_merge_"
+def test_cuda_is_merged_by_one_kernel(fresh_choice, interpreted, monkeypatch):
+    tried = []
+    monkeypatch.setattr(sys.modules[MODULE], "try_out", tried.append)
+    assert online_softmax._merge_of("cuda") is interpreted and tried == ["cuda"]
+
+
+def test_the_trial_is_a_merge(interpreted):
+    sys.modules[MODULE].try_out("cpu")
+
+
+def test_a_triton_that_cannot_compile_is_said_once(fresh_choice, interpreted, monkeypatch, caplog):
+    def fail(device_type):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(sys.modules[MODULE], "try_out", fail)
+    for _ in range(2):
+        assert online_softmax._merge_of("cuda") is eager_merge_
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "Failed to find C compiler" in record.getMessage()
 
 
 @pytest.mark.cuda

@@ -9,6 +9,7 @@ same on any number of ranks, which a fused kernel's own generator cannot give.
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -98,8 +99,8 @@ def has_cudnn(problem: Problem) -> bool:
 class Cudnn:
     """cuDNN's attention for full and square causal tiles of some size, `AtenFlash` for the others.
 
-    cuDNN's tensors are [b, h, rows, d], its softmax_lse [b, h, rows, 1], its causal mask is aligned
-    at the top left corner.
+    cuDNN's tensors are [b, h, rows, d], its causal mask is aligned at the top left corner. Its
+    softmax_lse is [b, h, rows] or [b, h, rows, 1], depending on torch, which wants it back so.
     """
 
     def __init__(self) -> None:
@@ -117,7 +118,7 @@ class Cudnn:
             False,
             scale=call.softmax_scale,
         )
-        return out.transpose(1, 2), softmax_lse.squeeze(-1)
+        return out.transpose(1, 2), softmax_lse.reshape(out.shape[:-1])
 
     def backward(
         self,
@@ -134,7 +135,7 @@ class Cudnn:
         no_dropout = q.new_empty((), dtype=torch.int64)
         gradients = aten._scaled_dot_product_cudnn_attention_backward(
             *(x.transpose(1, 2) for x in (dout, q, k, v, out)),
-            softmax_lse.unsqueeze(-1),
+            softmax_lse.unsqueeze(-1) if _has_lse_column(q.dtype, q.device) else softmax_lse,
             no_dropout,
             no_dropout,
             None,
@@ -159,3 +160,13 @@ def _is_for_cudnn(q: Tensor, k: Tensor, call: FlashCall) -> bool:
         # The columns of a gradient of the lse may have made it wider.
         and q.shape[-1] <= CUDNN_HEAD_DIM
     )
+
+
+@lru_cache(maxsize=64)
+def _has_lse_column(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether cuDNN's softmax_lse has a last dim of 1 in this torch: a shape, not waited for."""
+    x = torch.zeros(1, 1, CUDNN_ROWS, 64, dtype=dtype, device=device)
+    _, softmax_lse, *_ = aten._scaled_dot_product_cudnn_attention(
+        x, x, x, None, True, 0.0, False, False, scale=1.0
+    )
+    return softmax_lse.dim() == 4

@@ -101,7 +101,7 @@ class Efficient:
             k,
             v,
             None,
-            out,
+            out.contiguous(),  # the kernel knows no stride of its rows
             None,
             None,
             nq,

@@ -171,8 +171,9 @@ class Aten:
     this torch fails, and the shapes and dtypes that come out are those of torch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cudnn_lse_column: bool = True) -> None:
         self.calls: list[str] = []
+        self.cudnn_lse_column = cudnn_lse_column
 
     def _flash_attention_forward(self, *args, **options):
         meta = self._meta("_flash_attention_forward", args, options)
@@ -198,9 +199,9 @@ class Aten:
         assert bias is None and with_lse is True and dropout_p == 0.0 and debug is False
         assert not causal or q.shape[1] == k.shape[1], "aligned at the top left corner"
         out, lse = flash_forward(q, k, v, **_of_cudnn(causal, options))
-        out, lse = out.transpose(1, 2), lse.unsqueeze(-1)
-        _like(meta[:2], out, lse)
-        return out, lse, *[None] * 7
+        out, column = out.transpose(1, 2), lse.unsqueeze(-1)
+        _like(meta[:2], out, column)
+        return out, column if self.cudnn_lse_column else lse, *[None] * 7
 
     def _scaled_dot_product_cudnn_attention_backward(self, *args, **options):
         meta = self._meta("_scaled_dot_product_cudnn_attention_backward", args, options)
@@ -208,8 +209,8 @@ class Aten:
         lse, _, _, bias, cu_q, cu_k, max_q, max_k, dropout_p, causal = args[5:]
         assert bias is cu_q is cu_k is None and dropout_p == 0.0
         assert (max_q, max_k) == (q.shape[1], k.shape[1])
-        assert lse.shape[-1] == 1
-        lse = lse.squeeze(-1)
+        assert lse.shape == (*out.transpose(1, 2).shape[:3], 1)[: 4 if self.cudnn_lse_column else 3]
+        lse = lse.reshape(out.transpose(1, 2).shape[:3])
         gradients = flash_backward(dout, q, k, v, out, lse, **_of_cudnn(causal, options))
         gradients = tuple(x.transpose(1, 2) for x in gradients)
         _like(meta, *gradients)
@@ -300,7 +301,8 @@ def efficient_forward(q, k, v, mask: int, scale: float):
 
 def efficient_backward(dout, q, k, v, out, lse, mask: int, scale: float):
     """(dq, dk, dv)."""
-    assert q.shape[2] == k.shape[2] == v.shape[2] and lse.is_contiguous()
+    assert q.shape[2] == k.shape[2] == v.shape[2]
+    assert lse.is_contiguous() and out.is_contiguous()
     assert dout.shape == out.shape == (*q.shape[:3], v.shape[3])
     assert all(x.stride(-1) == 1 for x in (dout, q, k, v, out))
     nq = q.shape[1]

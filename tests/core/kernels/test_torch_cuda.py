@@ -51,7 +51,9 @@ def aten(monkeypatch):
     for module in (aten_flash, torch_cuda, torch_efficient):
         monkeypatch.setattr(module, "aten", stand_in)
     monkeypatch.setattr(torch_cuda, "CUDNN_ROWS", 4)
-    return stand_in
+    torch_cuda._has_lse_column.cache_clear()
+    yield stand_in
+    torch_cuda._has_lse_column.cache_clear()
 
 
 KERNELS = {
@@ -180,6 +182,14 @@ def test_cudnn_takes_dense_tiles_without_a_window(aten):
         aten.calls.clear()
         check_tile(KERNELS["cudnn"], shape, *inputs(shape))
         assert all(("cudnn" in name) == used for name in aten.calls), (shape, aten.calls)
+
+
+@pytest.mark.parametrize("column", [True, False])
+def test_cudnn_gets_the_lse_as_it_gave_it(aten, column):
+    """With a last dim of 1 or without: the schema does not say, and torch has changed it."""
+    aten.cudnn_lse_column = column
+    shape = Shape(8, 8, (-1, 0))
+    check_tile(KERNELS["cudnn"], shape, *inputs(shape, (4, 2), (16, 16)))
 
 
 def test_deterministic_switches_torch_for_the_call_alone(aten):
