@@ -68,7 +68,7 @@ def prepare(
     """
     place = find_place(options.group)
     with refusing_together(options.group, options.op):
-        call = _call(rows, q, k, v, extras, options, place, lse_gradient)
+        call = call_of(rows, q, k, v, extras, options, place, lse_gradient)
         kernel = select_kernel(options.kernel, _problem(call))
         plan = plan_call(call, place.block)
     agree(options.group, call, options.op, lambda: describe(call))
@@ -76,7 +76,7 @@ def prepare(
     return Run(place, plan, kernel, options)
 
 
-def _call(
+def call_of(
     rows: int,
     q: Tensor,
     k: Tensor,
@@ -84,8 +84,9 @@ def _call(
     extras: Extras,
     options: Options,
     place: Place,
-    lse_gradient: bool | None,
+    lse_gradient: bool | None = None,
 ) -> Call:
+    """What the ranks must agree on; the arguments are those of `prepare`."""
     documents_q, documents_k = (
         None if cu is None else documents_of(cu)
         for cu in (extras.cu_seqlens_q, extras.cu_seqlens_k)

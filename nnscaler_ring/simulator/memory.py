@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 from nnscaler_ring.core.exchange import BACKWARD_KEYS, FORWARD_KEYS, Distance, Round
 from nnscaler_ring.core.kernels import AttentionKernel
@@ -46,7 +45,10 @@ class KernelTraits:
 
 def traits_of(kernel: AttentionKernel) -> KernelTraits:
     """The traits of a kernel at hand; those of fused kernels in general where nothing is known."""
-    calls = partial(kernel.calls, plain=True)
+
+    def calls(tiles: Sequence[Tile]) -> Sequence[Tile]:
+        return [tile for call in kernel.calls(tiles, plain=True) for tile in call.tiles]
+
     if kernel.name == "torch_cpu":
         from nnscaler_ring.core.kernels.torch_cpu import FULL_BLOCK_ROWS
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.exchange import GradientStep, Keys, KVExchange
-from nnscaler_ring.core.kernels import AttentionKernel, Problem
+from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.kernels.tile_math import TileGradients
-from nnscaler_ring.core.tile import Tile
+from nnscaler_ring.core.tile import KernelCall, Tile
 from nnscaler_ring.simulator.live_bytes import LiveBytes
 from nnscaler_ring.simulator.memory import predict_memory, traits_of
 from nnscaler_ring.simulator.simulator import RingAttentionSimulator
@@ -148,10 +148,7 @@ class _WatchedKernel:
         self.meter = meter
         self.name = inner.name
 
-    def supports(self, problem: Problem) -> str | None:
-        return self.inner.supports(problem)
-
-    def calls(self, tiles: Sequence[Tile], *, plain: bool) -> Sequence[Tile]:
+    def calls(self, tiles: Sequence[Tile], *, plain: bool) -> Sequence[KernelCall]:
         return self.inner.calls(tiles, plain=plain)
 
     def forward(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
