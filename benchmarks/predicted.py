@@ -46,9 +46,7 @@ def table(record: dict[str, Any]) -> str:
     lines += [
         "",
         f"Load average (1, 5, 15 minutes) before: {_loads(record['load_average_before'])}; after: "
-        f"{_loads(record['load_average_after'])}. Rates are measured with two ranks side by side: "
-        "where one works alone (contiguous causal) it has more of the machine, so that the "
-        "prediction is too long.",
+        f"{_loads(record['load_average_after'])}.",
         "",
         "The profiler misses deallocations by gloo's threads after a collective (all_gather), so "
         "that what it counts there is too high.",

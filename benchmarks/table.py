@@ -70,7 +70,7 @@ def _grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[R
 
 
 def _case(row: Row) -> tuple[str, str]:
-    case = row["parameters"].get("work", "one RingAttention(512, 8) layer")
+    case = row["parameters"].get("work") or WITHOUT_WORK[row["part"]]
     if row["part"] == "bytes":
         case += f", {row['parameters']['processes']} ranks"
     return row["part"], case
@@ -145,6 +145,12 @@ def _memory_scaling_line(row: Row) -> tuple[str, ...]:
     return tokens, ranks, f"{busiest / MIB:.0f}", f"{scores / MIB:.0f}"
 
 
+def _one_device_line(row: Row) -> tuple[str, ...]:
+    results = row["results"]
+    times = (f"{1e3 * results[name]:.1f}" for name in ("ours_seconds", "sdpa_seconds"))
+    return row["name"], *times, f"{results['ratio']:.2f}"
+
+
 def _peers_line(row: Row) -> tuple[str, ...]:
     if row["error"]:
         return (row["name"], "-", "-", row["error"].replace("|", "\\|"), "-")
@@ -176,7 +182,14 @@ def _replay_line(row: Row) -> tuple[str, ...]:
     )
 
 
+WITHOUT_WORK = {
+    "memory_scaling": "one RingAttention(512, 8) layer",
+    "one_device": "causal, 4 heads of 64, one process",
+}
+"""What rows are about that do not say it."""
+
 COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[Row], tuple[str, ...]]]] = {
+    "one_device": (("case", "ours, ms", "F.sdpa, ms", "median of ratios"), _one_device_line),
     "memory_scaling": (
         ("tokens", "ranks", "peak MiB, busiest rank", "scores of all heads, computed MiB"),
         _memory_scaling_line,

@@ -198,7 +198,7 @@ def _rates(dtype: str) -> Rates:
         constant, per_flop = _line(flops[:plain], times[:plain])
         constant = max(constant, 0.0)
         short = sum(times[plain:]) / sum(constant + n * per_flop for n in flops[plain:])
-        figures.append((1 / per_flop, constant, max(short, 1.0)))
+        figures.append((1 / per_flop, constant, short))
     (forward, forward_call, forward_short), (back, back_call, back_short) = figures
     return Rates(forward, back, forward_call, back_call, forward_short, back_short)
 

@@ -99,7 +99,14 @@ def test_simulate_writes_a_report(options: tuple[str, ...], tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("script", ["exact_rows", "one_share_of_a_billion", "memory_scaling"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "exact_rows",
+        pytest.param("one_share_of_a_billion", marks=pytest.mark.full),
+        pytest.param("memory_scaling", marks=pytest.mark.full),
+    ],
+)
 def test_a_gpu_that_is_not_there_is_refused(script: str) -> None:
     command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), "--device", "cuda"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
