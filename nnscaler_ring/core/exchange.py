@@ -20,7 +20,7 @@ Note [One order of messages]
     every rank goes through one sequence: in the backward pass keys 1, keys 2, gradients 1, keys 3,
     gradients 2, ... A rank leaves out the rounds in which it has nothing to send or receive. Where
     it leaves out the next one, the gradients of this one come before the keys of a later one: these
-    are then posted after the computation, not before it.
+    are then posted after the computation, not before it. Gloo has tags and needs none of this.
 """
 
 from __future__ import annotations
@@ -289,8 +289,13 @@ class _Direct:
             transfer.wait()
             following = next(coming, None)
             # Note [One order of messages]
-            early = kind == "forward_kv" or (following and following.number == round_.number + 1)
-            under_way = self._post(kind, following, k, v) if following and early else None
+            late = (
+                following is not None
+                and kind == "backward_kv"
+                and self._transport.in_order
+                and following.number > round_.number + 1
+            )
+            under_way = self._post(kind, following, k, v) if following and not late else None
             incoming = round_.incoming
             rows = [(incoming.source, *run) for run in incoming.rows]
             yield Keys(buffer.k, buffer.v, incoming.tiles, rows), round_

@@ -115,6 +115,12 @@ class Transport:
     op: str
     plan_tag: int
 
+    @property
+    def in_order(self) -> bool:
+        """Whether ranks match messages by their order alone: Note [Messages under NCCL]."""
+        group = self.place.group
+        return group is not None and set(backends_of(group).values()) != {"gloo"}
+
     def post(self, kind: Kind, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
         """Start messages; empty ones are not sent, on either side."""
         sends, receives = (

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from nnscaler_ring.core import transport
 from nnscaler_ring.core.exchange import EXCHANGES, DirectPlan, ExchangePlan
 from nnscaler_ring.core.groups import Place
 from nnscaler_ring.core.schedule import Schedule
@@ -31,6 +32,7 @@ class Recorder:
     """A transport that moves nothing and writes down what is posted."""
 
     place: Place
+    in_order: bool = True
     posts: list[Post] = field(default_factory=list)
 
     def post(self, kind: Kind, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
@@ -40,8 +42,10 @@ class Recorder:
         return Transfer((), ())
 
 
-def posts_of(plan: ExchangePlan, schedule: Schedule, rank: int, backward: bool) -> list[Post]:
-    recorder = Recorder(Place(None, tuple(range(schedule.world_size)), rank))
+def posts_of(
+    plan: ExchangePlan, schedule: Schedule, rank: int, backward: bool, in_order: bool = True
+) -> list[Post]:
+    recorder = Recorder(Place(None, tuple(range(schedule.world_size)), rank), in_order)
     exchange = plan.start(recorder)  # type: ignore[arg-type]
     k = torch.zeros(1, schedule.k_lens[rank], 1, 1)
     for step in (exchange.gradient_steps if backward else exchange.steps)(k, k.clone()):
@@ -133,3 +137,33 @@ def test_the_player_finds_an_exchange_that_would_hang():
     ]
     with pytest.raises(AssertionError, match="wait for each other"):
         assert_nccl_gets_through(circle)
+
+
+def test_without_tags_the_order_is_needed():
+    """Keys that are always posted before the computation would hang: see Transport.in_order."""
+    hung = 0
+    for _, schedule in schedules():
+        plan = plans("direct", schedule)
+        ranks = range(schedule.world_size)
+        posts = [posts_of(plan(rank), schedule, rank, True, in_order=False) for rank in ranks]
+        try:
+            assert_nccl_gets_through(posts)
+        except AssertionError:
+            hung += 1
+    assert hung > 0
+
+
+@pytest.mark.parametrize(
+    ("backends", "in_order"),
+    [
+        ({"cpu": "gloo", "cuda": "gloo"}, False),
+        ({"cuda": "nccl"}, True),
+        ({"cpu": "gloo", "cuda": "nccl"}, True),
+    ],
+    ids=str,
+)
+def test_only_gloo_has_tags(monkeypatch, backends, in_order):
+    monkeypatch.setattr(transport, "backends_of", lambda group: backends)
+    place = Place(object(), (0, 1), 0)  # type: ignore[arg-type]
+    assert transport.Transport(place, None, "test", 0).in_order is in_order
+    assert not transport.Transport(Place(None, (0, 1), 0), None, "test", 0).in_order
