@@ -56,6 +56,10 @@ test: lint nnscaler ## lint, then every test that is not marked full; NNSCALER=<
 test-all: lint nnscaler ## lint, then every test
 	$(PYTEST)
 
+.PHONY: test-cuda
+test-cuda: $(STAMP) ## the tests that need a CUDA device; docs/gpu.md
+	$(PYTEST) -m cuda
+
 .PHONY: demo
 demo: $(STAMP) ## write the demonstration's figures and numbers to demo/
 	$(BIN)/python -m nnscaler_ring demo --out demo

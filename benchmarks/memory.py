@@ -1,28 +1,24 @@
 """Memory of a forward and a backward pass above its inputs, in multiples of the local q tensor.
 
-Two figures, because they see different things. Counted: the largest sum of live tensor bytes,
-replayed from the allocation events of PyTorch's CPU allocator; whatever malloc does, and without
-what libraries and other threads allocate. Peak RSS: what the process held at most, as the
-kernel saw it; with everything, fragmentation too.
+Two figures, because they see different things. Counted: the largest sum of live tensor bytes, see
+Note [Counted bytes] in nnscaler_ring/demo/memory.py; without what libraries allocate. Peak RSS:
+what the process held at most, as the kernel saw it; with everything, fragmentation too.
 
 Above q, k, v and dout; out, dq, dk and dv are included. Tables also give it less dq, dk, dv.
 """
 
-import ctypes
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.processes import Processes, Worker
 from benchmarks.progress import Waiting
 from benchmarks.rows import Row, make_row
 from benchmarks.work import OPS, Run, Work, make_run, our_attention, sdpa_attention
+from nnscaler_ring.demo.memory import count_tensor_bytes, reset_resident_peak, status_bytes
 
 SDPA = "F.sdpa"
 OURS = [
@@ -119,9 +115,7 @@ def _make(worker: Worker, work: Work, way: Way) -> Run:
 class Counted(NamedTuple):
     """Bytes of tensors: the peak is between the first two; `gradient_bytes` are dq, dk and dv.
 
-    A deallocation is missed where another thread drops the last reference, as gloo's threads may
-    after a collective. What was missed is `left_over_bytes`, alive though all results are dropped,
-    and the peak is at most that much too high.
+    What is alive though all results are dropped, `left_over_bytes`, was missed in counting.
     """
 
     counted_at_least_bytes: int
@@ -131,39 +125,24 @@ class Counted(NamedTuple):
 
 
 def count_live_bytes(measured_run: Callable[[], Sequence[torch.Tensor]]) -> Counted:
-    """Replay the allocations of a run; tensors that were there before do not count.
+    """Of a run, and of its results from the second on."""
+    gradients = 0
 
-    Every tensor counts that this thread makes, however deep inside an op, with the bytes asked for.
-    """
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        results = measured_run()
-        gradients = sum(x.untyped_storage().nbytes() for x in results[1:])
-        del results
-        gc.collect()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return Counted(peak - live, peak, gradients, live)
+    def run() -> None:
+        nonlocal gradients
+        gradients = sum(x.untyped_storage().nbytes() for x in measured_run()[1:])
+
+    peak, left_over = count_tensor_bytes(run)
+    return Counted(peak - left_over, peak, gradients, left_over)
 
 
 def peak_rss_bytes(measured_run: Callable[[], object]) -> int:
     """How much the peak of a run's resident set is above what was resident before it (Linux)."""
     gc.collect()
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)  # free heap that is still resident would hide a part
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status_bytes("VmRSS")
+    if not reset_resident_peak():
+        raise RuntimeError("the peak of resident memory needs Linux and glibc.")
+    before = status_bytes("VmRSS")
     results = measured_run()
-    peak = _status_bytes("VmHWM")
+    peak = status_bytes("VmHWM")
     del results
     return peak - before
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(f"/proc/self/status has no {name}.")

@@ -22,7 +22,7 @@ def table(record: dict[str, Any]) -> str:
         "# Predictions beside runs, two CPU ranks",
         "",
         f"`{record['command']}`, {record['date']}, {record['device']}, torch "
-        f"{record['versions']['torch']}, commit {record.get('commit', 'unknown')}. "
+        f"{record['versions']['torch']}. "
         f"{record['cluster']['source']}",
         "",
         f"Step time within {WITHIN:.0%} in {good} of {len(rows)} cases; bytes exact in {exact}; "
@@ -45,9 +45,9 @@ def table(record: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "The machine was not quiet: other work kept its two cores busy, during the calibration and "
-        "during the runs, not equally. Where one rank works alone (contiguous causal) it has more "
-        "of the machine than the calibration, which measures two ranks side by side, so that the "
+        f"Load average (1, 5, 15 minutes) before: {_loads(record['load_average_before'])}; after: "
+        f"{_loads(record['load_average_after'])}. Rates are measured with two ranks side by side: "
+        "where one works alone (contiguous causal) it has more of the machine, so that the "
         "prediction is too long.",
         "",
         "The profiler misses deallocations by gloo's threads after a collective (all_gather), so "
@@ -55,6 +55,10 @@ def table(record: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _loads(figures: list[float]) -> str:
+    return ", ".join(f"{n:.1f}" for n in figures)
 
 
 def main() -> None:

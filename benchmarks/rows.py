@@ -5,7 +5,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 import nnscaler_ring
+from nnscaler_ring.machine import source_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,9 +86,7 @@ def surroundings() -> dict[str, Any]:
             "torch": torch.__version__,
             "nnscaler_ring": nnscaler_ring.__version__,
         },
-        "commit": _git("rev-parse", "HEAD"),
-        # New result files do not change what is measured.
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        **source_commit(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
     }
 
@@ -111,13 +109,3 @@ def _cpu_model() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

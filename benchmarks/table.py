@@ -79,7 +79,8 @@ def _case(row: Row) -> tuple[str, str]:
 def _origin(row: Row) -> tuple[Any, ...]:
     device = row["device"]
     commit = row["commit"] or "unknown"
-    return row["command"], commit, device["cpu"], device["cores"], row["versions"]["torch"]
+    name = device.get("name", device["cpu"])
+    return row["command"], commit, name, device["cores"], row["versions"]["torch"]
 
 
 def _seconds(row: Row) -> tuple[str, str]:
@@ -160,6 +161,21 @@ def _dilated_line(row: Row) -> tuple[str, ...]:
     return (row["name"], *_seconds(row), f"{mib:.3f}", *ratios, _other_cores(row))
 
 
+def _replay_line(row: Row) -> tuple[str, ...]:
+    results = row["results"]
+    if row["error"]:
+        return (row["name"], row["error"], *("-",) * 6)
+    return (
+        row["name"],
+        results["kernel"],
+        *_seconds(row),
+        f"{results['kernel_tflops_per_second']:.3g}",
+        f"{results['kept_fraction']:.3f}",
+        f"{results['merge']['least_bytes_per_second'] / 1e9:.0f}",
+        f"{results['modelled_communication']['largest_share_of_compute']:.1%}",
+    )
+
+
 COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[Row], tuple[str, ...]]]] = {
     "memory_scaling": (
         ("tokens", "ranks", "peak MiB, busiest rank", "scores of all heads, computed MiB"),
@@ -201,6 +217,19 @@ COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[Row], tuple[str, ...]]]] = {
     "peers": (
         ("contestant", "median ms", "min-max ms", "relative L2 to float64", "other cores busy"),
         _peers_line,
+    ),
+    "replay": (
+        (
+            "replayed",
+            "kernel",
+            "one device, median ms",
+            "min-max ms",
+            "kernel TFLOP/s",
+            "kept fraction (compute only)",
+            "merge GB/s",
+            "modelled transfers / compute",
+        ),
+        _replay_line,
     ),
     "dilated": (
         (

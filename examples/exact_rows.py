@@ -11,6 +11,7 @@ rows. All of them would take the square.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rich.progress import Progress
 
 from nnscaler_ring.core.kernels import select_kernel
 from nnscaler_ring.core.online_softmax import PartialOutput
+from nnscaler_ring.machine import check_device, origin
 from nnscaler_ring.simulator import GeneratedInputs, Sizes
 from nnscaler_ring.simulator.live_bytes import LiveBytes
 from nnscaler_ring.simulator.planner import gigabytes
@@ -38,7 +40,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--kernel", default="auto")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
-    return parser.parse_args()
+    args = parser.parse_args()
+    try:
+        check_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main() -> None:
@@ -76,14 +83,14 @@ def main() -> None:
         "keys_per_second": args.keys / seconds,
         "checked_in_float64": args.checked,
         "relative_error": error,
-        "device": args.device,
         "kernel": kernel.name,
     }
     for name, value in figures.items():
         console.print(f"{name:>20}  {value}", highlight=False)
     console.print(f"peak memory {gigabytes(meter.peak.total())}", highlight=False)
     if args.out:
-        args.out.write_text(json.dumps(figures, indent=2) + "\n")
+        record = origin(["python", *sys.argv], args.device) | figures
+        args.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

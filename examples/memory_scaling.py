@@ -3,7 +3,8 @@
     python examples/memory_scaling.py                # ranks 1, 2, 4, 8; minutes on two cores
 
 Every rank is a process of its own that calls `wrap_zigzag_attn_func`, forward and backward. Counted
-are the bytes of its tensors (torch's profiler), and beside them the peak of resident memory. For
+are the bytes of its tensors (torch's profiler), and beside them the peak of resident memory; with
+--device cuda, one GPU a rank, the peak of torch's allocator stands for both. For
 contrast the all-gather exchange, and the plan document's replicated queries, which no exchange of
 ours does: one device's tensors for them, forward only, are made and counted here.
 What it shows: memory per rank is a + b * tokens / ranks. What it does not show: time, GPUs.
@@ -11,6 +12,7 @@ What it shows: memory per rank is a + b * tokens / ranks. What it does not show:
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from nnscaler_ring import wrap_zigzag_attn_func
 from nnscaler_ring.core.kernels import Problem, select_kernel
 from nnscaler_ring.core.online_softmax import PartialOutput
 from nnscaler_ring.demo.memory import count_tensor_bytes, peak_memory
-from nnscaler_ring.launch import Rank, run_ranks
+from nnscaler_ring.launch import Rank, check_ranks, run_ranks
+from nnscaler_ring.machine import origin
 from nnscaler_ring.simulator.live_bytes import LiveBytes
 
 MIB = 2**20
@@ -45,14 +48,21 @@ def arguments() -> argparse.Namespace:
         help="largest relative residual of the fit; shards as short as a message need more, "
         "because a rank with one peer has fewer messages under way",
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("memory_scaling"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    try:
+        for ranks in args.ranks:
+            check_ranks(ranks, args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def attend(rank: Rank, tokens: int, exchange: str) -> None:
     """This rank's share of one causal attention, forward and backward."""
     shape = 1, tokens // rank.world_size, HEADS, HEAD_DIM
-    q, k, v, dout = (torch.randn(shape) for _ in range(4))
+    q, k, v, dout = (torch.randn(shape, device=rank.device) for _ in range(4))
     for x in (q, k, v):
         x.requires_grad_()
     group = rank.group if rank.world_size > 1 else None
@@ -63,21 +73,23 @@ def attend(rank: Rank, tokens: int, exchange: str) -> None:
 def measure(rank: Rank, tokens: int, exchange: str) -> tuple[int, int]:
     """(counted bytes of tensors, peak of resident memory above the level before)."""
     attend(rank, 64 * rank.world_size, exchange)  # loads what the first call loads
-    counted = count_tensor_bytes(lambda: attend(rank, tokens, exchange))
-    with peak_memory(torch.device("cpu")) as peak:
+    with peak_memory(rank.device) as peak:
         attend(rank, tokens, exchange)
-    return counted, peak.bytes
+    if rank.device.type == "cuda":
+        return peak.bytes, peak.bytes
+    return count_tensor_bytes(lambda: attend(rank, tokens, exchange)).peak, peak.bytes
 
 
-def replicated_queries(tokens: int, ranks: int) -> int:
+def replicated_queries(tokens: int, ranks: int, device: str) -> int:
     """Counted bytes of a forward pass whose device holds all queries and one shard of K and V."""
     sizes = HEADS, HEADS, HEAD_DIM, HEAD_DIM
-    kernel = select_kernel("auto", Problem("cpu", torch.float32, *sizes))
+    kernel = select_kernel("auto", Problem(device, torch.float32, *sizes))
     with LiveBytes() as meter:
-        q = torch.randn(1, tokens, HEADS, HEAD_DIM)
+        q = torch.randn(1, tokens, HEADS, HEAD_DIM, device=device)
         partial = PartialOutput(q, HEAD_DIM)
         for _ in range(min(2, ranks)):  # later shards take the place of these
-            k, v = (torch.randn(1, tokens // ranks, HEADS, HEAD_DIM) for _ in range(2))
+            shape = 1, tokens // ranks, HEADS, HEAD_DIM
+            k, v = (torch.randn(shape, device=device) for _ in range(2))
             block = kernel.forward(q, k, v, softmax_scale=1.0, window=(-1, -1), mods=None)
             partial.merge_(slice(0, tokens), *block)
     return meter.peak.total()
@@ -131,7 +143,9 @@ def main() -> None:
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("ranks", total=len(strong + weak + gathered))
         for kind, tokens, ranks, exchange in strong + weak + gathered:
-            results = run_ranks(ranks, measure, tokens, exchange, timeout_seconds=600.0)
+            results = run_ranks(
+                ranks, measure, tokens, exchange, device=args.device, timeout_seconds=600.0
+            )
             counted, resident = (max(figures) for figures in zip(*results, strict=True))
             rows.append(
                 {
@@ -144,7 +158,7 @@ def main() -> None:
             )
             progress.advance(task)
     for ranks in args.ranks:
-        counted = replicated_queries(args.tokens, ranks)
+        counted = replicated_queries(args.tokens, ranks, args.device)
         rows.append(
             {
                 "kind": "replicated queries, forward",
@@ -174,7 +188,8 @@ def main() -> None:
         highlight=False,
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    record = {"rows": rows, "fit": {"a_bytes": a, "b_of_q": b, "largest_residual": residual}}
+    line = {"a_bytes": a, "b_of_q": b, "largest_residual": residual}
+    record = origin(["python", *sys.argv], args.device) | {"rows": rows, "fit": line}
     (args.out / "memory_scaling.json").write_text(json.dumps(record, indent=2) + "\n")
     draw(args.out / "memory_scaling.png", rows, (a, b))
     console.print(f"wrote {args.out}/memory_scaling.json and .png", highlight=False)

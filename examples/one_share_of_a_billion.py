@@ -12,6 +12,7 @@ between machines, or the time that 1000 devices would take.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rich.progress import track
 
 from nnscaler_ring.core.online_softmax import merge_
 from nnscaler_ring.core.schedule import CAUSAL, Mask
+from nnscaler_ring.machine import check_device, origin
 from nnscaler_ring.simulator import GeneratedInputs, RingAttentionSimulator, SimulatedCall, Sizes
 from nnscaler_ring.simulator.dilated_branch import DilatedBranch, longnet_branches
 from nnscaler_ring.simulator.live_bytes import LiveBytes
@@ -48,7 +50,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kernel", default="auto")
     parser.add_argument("--sampled-rows", type=int, default=16)
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
-    return parser.parse_args()
+    args = parser.parse_args()
+    try:
+        check_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def calls(args: argparse.Namespace, sizes: Sizes) -> list[SimulatedCall]:
@@ -157,7 +164,6 @@ def main() -> None:
         "sampled_rows": len(errors),
         "largest_relative_error": max(errors),
         "seconds": time.monotonic() - start,
-        "device": args.device,
         "kernel": simulators[0].kernel.name,
     }
     for name, value in figures.items():
@@ -168,7 +174,8 @@ def main() -> None:
         highlight=False,
     )
     if args.out:
-        args.out.write_text(json.dumps(figures, indent=2) + "\n")
+        record = origin(["python", *sys.argv], args.device) | figures
+        args.out.write_text(json.dumps(record, indent=2) + "\n")
     if max(errors) > 1e-5 and args.dtype == "float32":
         raise SystemExit("sampled rows are WRONG")
 

@@ -347,7 +347,7 @@ def _measure_case(rank: Rank, case: Case) -> dict[str, Any]:
     for _ in range(REPEATS):
         run()
     times = {name: list(some) for name, some in spans.items()}
-    return {**times, "sent": sent, "memory": count_tensor_bytes(run)}
+    return {**times, "sent": sent, "memory": count_tensor_bytes(run).peak}
 
 
 def _memory_bytes() -> int:

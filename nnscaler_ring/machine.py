@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from nnscaler_ring.core.kernels import Problem, kernel_refusals, select_kernel
+from nnscaler_ring.core.kernels import Problem, auto_kernels, kernel_refusals, select_kernel
 
-PACKAGES = ("torch", "nnscaler", "flash-attn", "transformer-engine", "triton")
+PACKAGES = ("torch", "nnscaler", "flash-attn", "flash-attn-4", "transformer-engine", "triton")
 """What changes results or speed; looked up, never imported: an import may take seconds or fail."""
 
 
@@ -50,9 +55,46 @@ def device_name(device: str) -> str:
     return f"{platform.machine()} CPU, {os.cpu_count()} cores, {platform.system()}"
 
 
+def source_commit() -> dict[str, Any]:
+    """The git commit of a source checkout, and whether it has changes; None where there is none."""
+    here = Path(__file__).resolve()
+    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
+    if tracked is None:
+        return {"commit": None, "dirty": None}
+    # New result files do not change what is measured.
+    changes = _git(here.parents[1], "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return {"commit": _git(here.parent, "rev-parse", "HEAD"), "dirty": bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def origin(command: Sequence[str], device: str) -> dict[str, Any]:
+    """What a report's figures are from: command, date, device, versions, commit."""
+    return {
+        "command": shlex.join(command),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "versions": package_versions(),
+        **source_commit(),
+    }
+
+
 def device_types() -> list[str]:
     """The device types that this machine has."""
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a device type that this machine has not."""
+    if device not in device_types():
+        raise ValueError(f"device must be one of {device_types()} on this machine, got {device}.")
 
 
 def typical_problems() -> list[Problem]:
@@ -72,13 +114,14 @@ def _problem(device_type: str, dtype: torch.dtype, head_dim: int) -> Problem:
 
 
 def kernel_table() -> list[dict[str, Any]]:
-    """For each typical problem: each kernel's refusal, or None; and what kernel="auto" takes."""
+    """For each typical problem: the kernels' refusals, and what kernel="auto" asks and takes."""
     return [
         {
             "device": problem.device_type,
             "dtype": str(problem.dtype).removeprefix("torch."),
             "head_dim": problem.head_dim,
             "refusals": kernel_refusals(problem),
+            "asked": auto_kernels(problem),
             "auto": auto_kernel(problem),
         }
         for problem in typical_problems()

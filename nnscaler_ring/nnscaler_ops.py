@@ -28,7 +28,8 @@ from torch import Tensor
 
 from nnscaler_ring.core.dilation import HeadOffsets
 from nnscaler_ring.core.dropout import DropoutSeed
-from nnscaler_ring.core.ops import Extras, Options, attention_op
+from nnscaler_ring.core.ops import attention_op
+from nnscaler_ring.core.options import Extras, Options
 
 Range = tuple[int, int]
 

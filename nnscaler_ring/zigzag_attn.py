@@ -19,7 +19,7 @@ from nnscaler_ring.core.checks import (
 )
 from nnscaler_ring.core.groups import find_place, group_string
 from nnscaler_ring.core.layout import LAYOUTS, Zigzag
-from nnscaler_ring.core.ops import relayout_op
+from nnscaler_ring.core.relayout_op import relayout_op
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.dropout import DropoutSeed

@@ -56,6 +56,10 @@ class Case:
         lens = LAYOUTS["zigzag"].for_shards(self.shard_lens).shard_lens
         return replace(self, shard_lens=lens, shard_lens_k=lens)
 
+    def on(self, device: str) -> "Case":
+        """With a kernel that computes float64 on the device."""
+        return self if device == "cpu" else replace(self, kernel="reference")
+
     def inputs(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v, dout of the whole sequence, the same on every rank."""
         batch = None if self.op == "varlen" else 1 + self.seed % 2
@@ -123,40 +127,57 @@ def sample(cases: Iterator[Case], count: int, seed: int) -> list[Case]:
     return random.Random(seed).sample(list(cases), count)
 
 
-def check(pool: RankPool, cases: Sequence[Case], *, ranks: Sequence[int] | None = None) -> None:
-    """Run the cases and compare out, lse, dq, dk, dv with dense float64 attention.
+def check(
+    pool: RankPool,
+    cases: Sequence[Case],
+    *,
+    ranks: Sequence[int] | None = None,
+    device: str = "cpu",
+) -> None:
+    """Run the cases on a device and compare out, lse, dq, dk, dv with dense float64 attention.
 
     `ranks`: the pool's ranks in block order, for the cases with as many; default 0, 1, 2, ...
     """
     by_size: dict[int, list[Case]] = {}
-    for case in cases:
+    for case in (case.on(device) for case in cases):
         by_size.setdefault(case.world_size, []).append(case)
     for size, group in by_size.items():
         chosen = list(ranks) if ranks else list(range(size))
-        shards = pool.run(None, run_cases, group, ranks=chosen, timeout=240)
-        for number, case in enumerate(group):
-            _compare(case, [shard[number] for shard in shards])
+        shards = pool.run(None, run_cases, group, device, ranks=chosen, timeout=240)
+        check_results(group, shards)
 
 
-def run_cases(ranks: list[int], cases: list[Case]) -> list[list[Tensor]]:
+def check_results(cases: Sequence[Case], shards: Sequence[Sequence[list[Tensor]]]) -> None:
+    """Compare what `run_cases` returned, rank by rank, with dense float64 attention."""
+    for number, case in enumerate(cases):
+        _compare(case, [shard[number] for shard in shards])
+
+
+def run_cases(ranks: list[int], cases: list[Case], device: str = "cpu") -> list[list[Tensor]]:
     """On one rank: out, lse, dq, dk, dv of this rank's rows for every case."""
     block = ranks.index(torch.distributed.get_rank())
-    return [run_case(case, block, ranks if case.world_size > 1 else None) for case in cases]
+    group = ranks if len(ranks) > 1 else None
+    return [run_case(case, block, group, device=device) for case in cases]
 
 
 def run_case(
-    case: Case, block: int, group: list[int] | None, dtype: torch.dtype = torch.float64
+    case: Case,
+    block: int,
+    group: list[int] | None,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
 ) -> list[Tensor]:
-    """The case on the rank that holds `block`."""
+    """The case on the rank that holds `block`; results on the CPU."""
     q, k, v, dout = case.inputs(dtype)
     rows, rows_k = rows_of(case, block), rows_of(case, block, keys=True)
     dim = 0 if case.op == "varlen" else 1
     q, dout = (x.index_select(dim, rows) for x in (q, dout))
     k, v = (x.index_select(dim, rows_k) for x in (k, v))
+    q, k, v, dout = (x.to(device) for x in (q, k, v, dout))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     out, lse = call(case, q, k, v, group)
     gradients = torch.autograd.grad(out, (q, k, v), dout)
-    return [x.detach() for x in (out, lse, *gradients)]
+    return [x.detach().cpu() for x in (out, lse, *gradients)]
 
 
 def call(

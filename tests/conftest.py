@@ -36,6 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the tensors are: a test that takes it runs on the CPU and, marked cuda, on a GPU.
+
+    All ranks of the pool then share one GPU, over gloo.
+    """
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
     """Gloo ranks that live as long as the session; see RankPool.run."""

@@ -7,7 +7,7 @@ combination of values of `strength` factors occurs that can occur at all.
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,12 @@ class Contract:
     loss: str
     dtype: torch.dtype
     deterministic: bool
+
+    def on(self, device: str) -> "Contract":
+        """With a kernel that computes everything on the device, where it is not deterministic."""
+        if device == "cpu":
+            return self
+        return replace(self, case=self.case.on(device), deterministic=False)
 
     def batch(self) -> int:
         """Rows of the batch; packed tensors count as one."""
@@ -158,26 +164,30 @@ def _contract(choice: Choice, rng: random.Random, seed: int) -> Contract:
     return Contract(case=case, ranks=ranks, **values)
 
 
-def check(pool: RankPool, contracts: Sequence[Contract]) -> None:
+def check(pool: RankPool, contracts: Sequence[Contract], device: str = "cpu") -> None:
     """Run every contract on its ranks and compare all results with dense float64 attention."""
     by_ranks: dict[tuple[int, ...], list[Contract]] = {}
-    for contract in contracts:
+    for contract in (contract.on(device) for contract in contracts):
         by_ranks.setdefault(contract.ranks, []).append(contract)
     for ranks, group in by_ranks.items():
-        shards = pool.run(None, run_contracts, group, ranks=list(ranks), timeout=300)
+        shards = pool.run(None, run_contracts, group, device, ranks=list(ranks), timeout=300)
         for number, contract in enumerate(group):
             compare(contract, [shard[number] for shard in shards])
 
 
-def run_contracts(ranks: list[int], contracts: list[Contract]) -> list[dict[str, Tensor]]:
+def run_contracts(
+    ranks: list[int], contracts: list[Contract], device: str
+) -> list[dict[str, Tensor]]:
     """On one rank: what it gets for every contract."""
     block = ranks.index(torch.distributed.get_rank())
     group = ranks if len(ranks) > 1 else None
-    return [run_contract(contract, block, group) for contract in contracts]
+    return [run_contract(contract, block, group, device) for contract in contracts]
 
 
-def run_contract(contract: Contract, block: int, group: list[int] | None) -> dict[str, Tensor]:
-    """out, lse and all gradients of the rank that holds `block`; dsinks is its part."""
+def run_contract(
+    contract: Contract, block: int, group: list[int] | None, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """out, lse and all gradients of the rank that holds `block`, on the CPU; dsinks is its part."""
     case = contract.case
     q, k, v, dout = case.inputs(contract.dtype)
     rows, rows_k = rows_of(case, block), rows_of(case, block, keys=True)
@@ -186,6 +196,8 @@ def run_contract(contract: Contract, block: int, group: list[int] | None) -> dic
     tensors = contract.tensors()
     if tensors["bias"] is not None:
         tensors["bias"] = tensors["bias"].index_select(-2, rows)
+    tensors = {name: None if x is None else x.to(device) for name, x in tensors.items()}
+    q, k, v, dout = (x.to(device) for x in (q, k, v, dout))
     wanted = {"q": q, "k": k, "v": v, "bias": tensors["bias"], "sinks": tensors["sinks"]}
     wanted = {name: x.requires_grad_() for name, x in wanted.items() if x is not None}
     out, lse = call(
@@ -200,13 +212,13 @@ def run_contract(contract: Contract, block: int, group: list[int] | None) -> dic
         dropout_seed=case.seed if contract.dropout_p else None,
         deterministic=contract.deterministic,
     )
-    dlse = contract.dlse().index_select(-1, rows).to(lse.dtype)
+    dlse = contract.dlse().index_select(-1, rows).to(lse)
     losses = {"out": ([out], [dout]), "lse": ([lse], [dlse])}
     losses["out and lse"] = ([out, lse], [dout, dlse])
     results, gradients = losses[contract.loss]
     found = torch.autograd.grad(results, list(wanted.values()), gradients)
-    named = {f"d{name}": grad for name, grad in zip(wanted, found, strict=True)}
-    return {"out": out.detach(), "lse": lse.detach(), **named}
+    named = {f"d{name}": grad.cpu() for name, grad in zip(wanted, found, strict=True)}
+    return {"out": out.detach().cpu(), "lse": lse.detach().cpu(), **named}
 
 
 def dense(contract: Contract) -> dict[str, Tensor]:

@@ -37,6 +37,8 @@ def test_info_as_json():
     for row in facts["kernels"]:
         assert set(row["refusals"]) == set(KERNELS)
         assert row["auto"] is None or row["refusals"][row["auto"]] is None
+        can = [name for name in row["asked"] if row["refusals"][name] is None]
+        assert row["auto"] == (can[0] if can else None)
     assert {(row["dtype"], row["head_dim"]) for row in facts["kernels"]} == {
         (dtype, head_dim) for dtype in ("float32", "bfloat16") for head_dim in (64, 128)
     }
@@ -46,7 +48,8 @@ def test_info_as_a_table():
     done = run("info")
     assert done.exit_code == 0
     assert torch.__version__ in done.output
-    assert "torch_cpu" in done.output
+    assert all(name in done.output for name in KERNELS)
+    assert "auto asks torch_cpu, flash_attn_3, torch_cuda, and takes the first" in done.output
 
 
 def test_missing_packages_are_one_line():

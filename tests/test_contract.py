@@ -7,8 +7,8 @@ import pytest
 from tests.contract import FACTORS, check, covering
 
 
-def test_pairs_of_options_equal_dense(pool):
-    check(pool, covering(2, seed=1))
+def test_pairs_of_options_equal_dense(pool, device):
+    check(pool, covering(2, seed=1), device)
 
 
 @pytest.mark.full

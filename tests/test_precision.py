@@ -43,7 +43,12 @@ CALLS = (
 
 
 def case_of(
-    op: str, world_size: int, causal: bool, window_size: tuple[int, int], exchange: str
+    op: str,
+    world_size: int,
+    causal: bool,
+    window_size: tuple[int, int],
+    exchange: str,
+    device: str = "cpu",
 ) -> Case:
     lens = (TOKENS // world_size,) * world_size
     return Case(
@@ -59,14 +64,14 @@ def case_of(
         cu_seqlens_k=DOCUMENTS if op == "varlen" else None,
         v_head_dim=32,
         head_dim=32,
-        kernel="torch_cpu",
+        kernel="torch_cpu" if device == "cpu" else "auto",
         seed=2,
     )
 
 
-def one_device(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    """out, dq, dk, dv of F.scaled_dot_product_attention, document by document."""
-    q, k, v, dout = case.inputs(dtype)
+def one_device(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """out, dq, dk, dv of F.scaled_dot_product_attention, document by document, on the CPU."""
+    q, k, v, dout = (x.to(device) for x in case.inputs(dtype))
     if case.op != "varlen":
         return _attend(q, k, v, dout, case.causal, case.window_size)
     pieces = []
@@ -90,6 +95,7 @@ def _attend(
     if window_size != (-1, -1):
         hidden = ~visible(tokens, tokens, causal=causal, window_size=window_size)
         mask = torch.zeros(tokens, tokens, dtype=q.dtype).masked_fill(hidden, -torch.inf)
+        mask = mask.to(q.device)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
@@ -98,16 +104,18 @@ def _attend(
         enable_gqa=True,
         scale=scale,
     ).transpose(1, 2)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+    return [x.cpu() for x in (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))]
 
 
-def run_all(ranks: list[int], cases: list[tuple[Case, torch.dtype]]) -> list[list[Tensor]]:
+def run_all(
+    ranks: list[int], cases: list[tuple[Case, torch.dtype]], device: str
+) -> list[list[Tensor]]:
     """On one rank: out, dq, dk, dv of its rows."""
     block = ranks.index(torch.distributed.get_rank())
     group = ranks if len(ranks) > 1 else None
     results = []
     for case, dtype in cases:
-        out, _, *gradients = run_case(case, block, group, dtype)
+        out, _, *gradients = run_case(case, block, group, dtype, device)
         results.append([out, *gradients])
     return results
 
@@ -152,7 +160,7 @@ def test_the_error_does_not_grow_to_64_ranks(layout: str, spread: float, ratio: 
 
 @lru_cache
 def references(
-    op: str, causal: bool, window_size: tuple[int, int], dtype: torch.dtype
+    op: str, causal: bool, window_size: tuple[int, int], dtype: torch.dtype, device: str
 ) -> tuple[list[Tensor], list[Tensor]]:
     """out, dq, dk, dv in float64 and by one device; the same for any number of ranks."""
     case = case_of(op, 1, causal, window_size, "direct")
@@ -163,7 +171,7 @@ def references(
         cu_seqlens_q=case.cu_seqlens_q,
         cu_seqlens_k=case.cu_seqlens_k,
     )
-    return [dense[0], *dense[2:]], one_device(case, dtype)
+    return [dense[0], *dense[2:]], one_device(case, dtype, device)
 
 
 @pytest.mark.parametrize(
@@ -171,16 +179,16 @@ def references(
     [(1, "direct"), (2, "direct"), (3, "direct"), (4, "direct"), (4, "ring"), (4, "all_gather")],
 )
 def test_several_ranks_are_as_good_as_one_device(
-    pool: RankPool, world_size: int, exchange: str
+    pool: RankPool, world_size: int, exchange: str, device: str
 ) -> None:
     cases = [
-        (case_of(op, world_size, causal, window_size, exchange), dtype)
+        (case_of(op, world_size, causal, window_size, exchange, device), dtype)
         for op, causal, window_size in CALLS
         for dtype in DTYPES
     ]
-    shards = pool.run(world_size, run_all, cases, timeout=120)
+    shards = pool.run(world_size, run_all, cases, device, timeout=120)
     for number, (case, dtype) in enumerate(cases):
-        expected, reference = references(case.op, case.causal, case.window_size, dtype)
+        expected, reference = references(case.op, case.causal, case.window_size, dtype, device)
         for n, name in enumerate(NAMES):
             actual = torch.cat([shard[number][n] for shard in shards], -3)
             assert_as_good_as_one_device(

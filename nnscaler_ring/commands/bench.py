@@ -1,11 +1,10 @@
-"""`nnscaler-ring bench`: what this machine does, for the simulator's predictions."""
+"""`nnscaler-ring bench`: what this machine does, for predictions and against one device."""
 
 from __future__ import annotations
 
 import json
-import shlex
+import os
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nnscaler_ring.calibrate import CASES, DTYPES, calibrate, compare
-from nnscaler_ring.commands.options import rank_errors
-from nnscaler_ring.machine import device_name, package_versions
+from nnscaler_ring.commands.options import rank_errors, usage_errors
+from nnscaler_ring.commands.replay import replay
+from nnscaler_ring.launch import BACKENDS
+from nnscaler_ring.machine import origin
 from nnscaler_ring.simulator.planner import gigabytes
+
+CLUSTER_FILE = Path("this_machine.json")
 
 
 @click.command()
@@ -25,15 +28,18 @@ from nnscaler_ring.simulator.planner import gigabytes
     "--calibrate",
     "wanted",
     is_flag=True,
-    required=True,
     help="Measure kernels and messages of two CPU ranks, and compare predictions with runs.",
 )
 @click.option(
+    "--device",
+    type=click.Choice(list(BACKENDS)),
+    help="Replay the ranks' schedules on one device of this type: kernels and merges, no messages.",
+)
+@click.option(
     "--out",
-    default=Path("this_machine.json"),
-    show_default=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="The cluster's file, for plan --device and simulate --cluster.",
+    help="--calibrate: the cluster's file, for plan --device and simulate --cluster "
+    f"[{CLUSTER_FILE}]. --device: rows are appended to it as JSON lines.",
 )
 @click.option(
     "--report",
@@ -41,9 +47,37 @@ from nnscaler_ring.simulator.planner import gigabytes
     help="A JSON file for predictions beside measurements.",
 )
 @click.option("--cases", default=len(CASES), type=click.IntRange(1), help="Compare only so many.")
-def bench(wanted: bool, out: Path, report: Path | None, cases: int) -> None:
-    """Measure this machine for the simulator; benchmarks/ has the benchmarks of the library."""
+@click.option(
+    "--tokens",
+    multiple=True,
+    type=click.IntRange(256),
+    help="--device: lengths to replay, may be repeated [65536, 131072, 524288; on the CPU less].",
+)
+@click.option("--ranks", default=8, show_default=True, type=click.IntRange(2), help="--device.")
+@click.option("--reps", default=5, show_default=True, type=click.IntRange(1), help="--device.")
+def bench(
+    wanted: bool,
+    device: str | None,
+    out: Path | None,
+    report: Path | None,
+    cases: int,
+    tokens: tuple[int, ...],
+    ranks: int,
+    reps: int,
+) -> None:
+    """Measure this machine; benchmarks/ has the benchmarks of the library on CPU ranks."""
+    if wanted == (device is not None):
+        raise click.UsageError("give either --calibrate or --device.")
     console = Console()
+    if device is not None:
+        with usage_errors():
+            replay(console, device, tokens, ranks, reps, out)
+        return
+    _calibrate(console, out or CLUSTER_FILE, report, cases)
+
+
+def _calibrate(console: Console, out: Path, report: Path | None, cases: int) -> None:
+    load_before = os.getloadavg()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     chosen = CASES[:cases]
     with (
@@ -62,10 +96,9 @@ def bench(wanted: bool, out: Path, report: Path | None, cases: int) -> None:
     console.print(f"wrote {out}", highlight=False)
     if report:
         record = {
-            "command": shlex.join(["nnscaler-ring", *sys.argv[1:]]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "device": device_name("cpu"),
-            "versions": package_versions(),
+            **origin(["nnscaler-ring", *sys.argv[1:]], "cpu"),
+            "load_average_before": load_before,
+            "load_average_after": os.getloadavg(),
             "cluster": cluster.to_json(),
             "rows": rows,
         }

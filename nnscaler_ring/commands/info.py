@@ -47,22 +47,27 @@ def _facts_table(facts: dict[str, Any]) -> Table:
 
 
 def _kernels_table(rows: list[dict[str, Any]]) -> Table:
+    """A column per problem."""
     table = Table(title="kernels, for 32 heads on 8 KV heads", title_justify="left")
-    for name in ("device", "dtype", "head_dim", *rows[0]["refusals"], 'kernel="auto" takes'):
-        table.add_column(name)
+    table.add_column("device, dtype, head_dim")
     for row in rows:
-        answers = ("[green]yes[/]" if r is None else "no" for r in row["refusals"].values())
-        auto = row["auto"] or "[red]none[/]"
-        table.add_row(row["device"], row["dtype"], str(row["head_dim"]), *answers, auto)
+        table.add_column(f"{row['device']}\n{row['dtype']}\n{row['head_dim']}")
+    for name in rows[0]["refusals"]:
+        answers = (row["refusals"][name] for row in rows)
+        table.add_row(name, *("[green]yes[/]" if reason is None else "no" for reason in answers))
+    table.add_section()
+    table.add_row('kernel="auto" takes', *(row["auto"] or "[red]none[/]" for row in rows))
     return table
 
 
 def _reasons(rows: list[dict[str, Any]]) -> list[str]:
-    """Each kernel's refusals, each reason once."""
+    """Each kernel's refusals, each reason once; and why auto passes over the kernels that could."""
     reasons = {
         f"no {name} on {row['device']}: {reason}"
         for row in rows
         for name, reason in row["refusals"].items()
         if reason is not None
     }
-    return sorted(reasons)
+    orders = {", ".join(row["asked"]) for row in rows}
+    auto = [f"auto asks {order}, and takes the first that can" for order in sorted(orders)]
+    return [*sorted(reasons), *auto]

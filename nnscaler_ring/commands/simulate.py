@@ -17,6 +17,7 @@ from nnscaler_ring.commands.plan import parse_mask
 from nnscaler_ring.core.checks import check_mask
 from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.layout import LAYOUTS
+from nnscaler_ring.machine import check_device
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.cluster import load_cluster
 from nnscaler_ring.simulator.report import markdown
@@ -81,6 +82,7 @@ def simulate(
     if importlib.util.find_spec("matplotlib") is None:
         raise click.UsageError("simulate needs matplotlib: pip install 'nnscaler_ring[demo]'")
     with usage_errors():
+        check_device(device)
         kv = heads if kv_heads is None else kv_heads
         sizes = Sizes(heads, kv, head_dim, head_dim, dtype_name(dtype), batch)
         call = SimulatedCall(

@@ -14,7 +14,10 @@ from nnscaler_ring.core.dilated_ops import DilatedOptions, dilated_attention_op
 from nnscaler_ring.core.dropout import DropoutSeed, seed_tensor
 from nnscaler_ring.core.groups import ALONE, find_place, group_string
 from nnscaler_ring.core.layout import LAYOUTS
-from nnscaler_ring.core.ops import Extras, Options, attention_op
+from nnscaler_ring.core.ops import attention_op
+from nnscaler_ring.core.options import Extras, Options
+from nnscaler_ring.core.whole_call import whole_op_attention
+from nnscaler_ring.core.whole_op import WHOLE_OPS
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.dilation import HeadOffsets
@@ -108,6 +111,8 @@ def context_parallel_attention(
     extras = Extras(
         cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks, seed_tensor(dropout_p, seed.seed)
     )
+    if kernel in WHOLE_OPS:
+        return whole_op_attention(q, k, v, extras, options, return_lse=return_lse)
     out, softmax_lse, *_ = attention_op(q, k, v, *extras, *options)
     return (out, softmax_lse) if return_lse else out
 

@@ -15,6 +15,7 @@ from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.kernels import KERNELS
 from nnscaler_ring.core.schedule import Mask
 from nnscaler_ring.core.tile import UNBOUNDED
+from nnscaler_ring.core.whole_op import WHOLE_OPS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -93,8 +94,9 @@ def check_choices(
     """The options that choose how, not what."""
     if not isinstance(exchange, str) or exchange not in EXCHANGES:
         raise ValueError(f"exchange must be one of {tuple(EXCHANGES)}, got {exchange!r}.")
-    if kernel not in ("auto", *KERNELS):
-        raise ValueError(f"kernel must be 'auto' or one of {KERNELS}, got {kernel!r}.")
+    names = (*KERNELS, *WHOLE_OPS)
+    if kernel not in ("auto", *names):
+        raise ValueError(f"kernel must be 'auto' or one of {names}, got {kernel!r}.")
     for name, flag in (("deterministic", deterministic), ("return_lse", return_lse)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}.")

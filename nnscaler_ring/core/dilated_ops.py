@@ -17,9 +17,9 @@ from nnscaler_ring.core.dilation import Branch, HeadOffsets
 from nnscaler_ring.core.groups import find_place
 from nnscaler_ring.core.kernels import AttentionKernel, Problem, select_kernel
 from nnscaler_ring.core.online_softmax import accumulation_dtype
-from nnscaler_ring.core.ops import lens_of_blocks, transport_of
+from nnscaler_ring.core.prepare import lens_of_blocks, transport_of
 from nnscaler_ring.core.schedule import CAUSAL, FULL
-from nnscaler_ring.core.transport import Transport
+from nnscaler_ring.core.transport import Transport, connect
 
 
 class DilatedOptions(NamedTuple):
@@ -225,4 +225,5 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, options: DilatedOptions) -> _Run:
         )
         plan_dilated(call, place.block)
     agree(options.group, call, options.op, lambda: describe(call))
+    connect(options.group, q.device)
     return _Run(options, call, place.block, kernel)

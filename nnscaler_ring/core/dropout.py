@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.staging import device_of_numbers
 from nnscaler_ring.core.transport import Transport
 
 
@@ -68,18 +69,24 @@ def seed_tensor(probability: float, seed: int | None) -> Tensor | None:
     return torch.tensor(seed)
 
 
-def agreed_seed(seed: Tensor | None, transport: Transport, *, must_be_same: bool) -> Tensor | None:
-    """The seed of the first block's rank, which every rank then uses; None without dropout.
+def agreed_seed(
+    seed: Tensor | None, transport: Transport, device: torch.device, *, must_be_same: bool
+) -> Tensor | None:
+    """The seed of the first block's rank, on `device`, which every rank uses; None without dropout.
 
     Args:
-        must_be_same: the caller gave the seed, so a difference is an error.
+        must_be_same: the caller gave the seed, so a difference is an error. In a group that serves
+            GPUs alone the host waits for the comparison.
 
     Raises:
         ValueError: on all ranks alike, if seeds that must be the same differ.
     """
-    if seed is None or transport.place.world_size == 1:
-        return seed
-    seeds = transport.all_gather("seed", seed.reshape(1)).flatten()
+    if seed is None:
+        return None
+    if transport.place.group is None or transport.place.world_size == 1:
+        return seed.to(device, non_blocking=True)
+    mine = seed.reshape(1).to(device_of_numbers(transport.place.group, device), non_blocking=True)
+    seeds = transport.all_gather("seed", mine).flatten()
     if must_be_same and bool((seeds != seeds[0]).any()):
         ranks = [transport.place.global_rank(block) for block in range(len(seeds))]
         raise ValueError(
@@ -87,7 +94,7 @@ def agreed_seed(seed: Tensor | None, transport: Transport, *, must_be_same: bool
             f"{dict(zip(ranks, seeds.tolist(), strict=True))} by rank; pass the same int, or None "
             "to let the first rank draw it."
         )
-    return seeds[0]
+    return seeds[0].to(device, non_blocking=True)
 
 
 def _signed(word: int) -> int:

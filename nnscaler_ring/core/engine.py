@@ -1,7 +1,8 @@
 """THE forward and THE backward of context-parallel attention.
 
 The case analysis of the mask is data (the tiles of the schedule), so both passes are one loop over
-the steps of an exchange and the tiles of a step. Partial results stay in float32 until the end.
+the steps of an exchange and the kernel calls of a step. Partial results stay in float32 until
+the end.
 
 Note [Global out and softmax_lse]
     A tile's backward gets the merged out and softmax_lse of its query rows, not the tile's own.
@@ -80,16 +81,17 @@ def partial_attention(
     partial = PartialOutput(q, v.shape[-1])
     for step in exchange.steps(k, v):
         step_scores = scores.of_keys(step.rows, q.device)
-        for tile in kernel.calls(step.tiles, plain=scores.plain):
+        for call in kernel.calls(step.tiles, plain=scores.plain):
             block_out, block_lse = kernel.forward(
-                q[:, tile.q],
-                step.k[:, tile.k],
-                step.v[:, tile.k],
+                q[:, call.q],
+                step.k[:, call.k],
+                step.v[:, call.k],
                 softmax_scale=scores.softmax_scale,
-                window=tile.window(),
-                mods=step_scores.of(tile),
+                window=call.window(),
+                mods=step_scores.of(call),
+                segments=call.segments,
             )
-            partial.merge_(tile.q, block_out, block_lse)
+            partial.merge_(call.q, block_out, block_lse)
     return partial
 
 
@@ -137,23 +139,24 @@ def gradient_sums(
     dq = RowSum(q)
     for step in exchange.gradient_steps(k, v):
         step_scores = scores.of_keys(step.rows, q.device)
-        for tile in kernel.calls(step.tiles, plain=scores.plain):
+        for call in kernel.calls(step.tiles, plain=scores.plain):
             block = kernel.backward(
-                dout[:, tile.q],
-                q[:, tile.q],
-                step.k[:, tile.k],
-                step.v[:, tile.k],
-                out[:, tile.q],
-                softmax_lse[..., tile.q],
-                None if dlse is None else dlse[..., tile.q],
+                dout[:, call.q],
+                q[:, call.q],
+                step.k[:, call.k],
+                step.v[:, call.k],
+                out[:, call.q],
+                softmax_lse[..., call.q],
+                None if dlse is None else dlse[..., call.q],
                 softmax_scale=scores.softmax_scale,
-                window=tile.window(),
-                mods=step_scores.of(tile),
+                window=call.window(),
+                mods=step_scores.of(call),
+                segments=call.segments,
             )
-            dq.take_(tile.q, block.dq)
-            step.dk.take_(tile.k, block.dk)
-            step.dv.take_(tile.k, block.dv)
-            step_scores.take_dbias_(tile, block.dbias)
+            dq.take_(call.q, block.dq)
+            step.dk.take_(call.k, block.dk)
+            step.dv.take_(call.k, block.dv)
+            step_scores.take_dbias_(call, block.dbias)
             del block
         del step  # its memory is needed for the next one
     return dq.current(), *exchange.gradients()

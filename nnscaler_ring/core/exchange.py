@@ -10,14 +10,22 @@ Note [Memory is set by the message]
     each with its own tiles. A message's keys, the next message's, and in the backward pass the
     gradients of the last one are alive at a time: a few messages, however many ranks there are.
     Every message costs calls and a merge of its own, so they are longer in the forward pass, which
-    has far less alive beside them than the backward pass. The number of parts is the same on all
-    ranks, so halves and wholes stay in step, and a power of two, so that messages end where zigzag
-    chunks end: a tile cut elsewhere costs two more calls.
+    has far less alive beside them than the backward pass. The number of parts follows the longest
+    shard, so halves and wholes stay in step, and is a power of two, so that messages end where
+    zigzag chunks end: a tile cut elsewhere costs two more calls. A pair that needs so few rows that
+    its messages would be shorter than an eighth of the usual has fewer of them.
+
+Note [One order of messages]
+    NCCL matches messages by the order of posts (Note [Messages under NCCL] in transport.py), so
+    every rank goes through one sequence: in the backward pass keys 1, keys 2, gradients 1, keys 3,
+    gradients 2, ... A rank leaves out the rounds in which it has nothing to send or receive. Where
+    it leaves out the next one, the gradients of this one come before the keys of a later one: these
+    are then posted after the computation, not before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -33,6 +41,12 @@ from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
 
 FORWARD_KEYS, BACKWARD_KEYS = 8192, 2048
 """Tokens of the longest shard per message; see Note [Memory is set by the message]."""
+
+SHORTEST = 8
+"""The part of that below which messages are not cut."""
+
+KEPT_ROUNDS = 4096
+"""So many messages of a pass are planned once; more, of very long shards, anew in every pass."""
 
 
 class Keys(NamedTuple):
@@ -119,11 +133,85 @@ class _Home:
 
 @dataclass(frozen=True)
 class Round:
-    """One message in and one out: the step it brings, and the step it makes possible elsewhere."""
+    """One message in and one out: the step it brings, and the step it makes possible elsewhere.
 
+    `number`: its place in the sequence of rounds, which all ranks share.
+    """
+
+    number: int
     incoming: Step
     target: int
     outgoing: Step
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A rank and the two that are so many ranks from it: one that it reads, one that reads it."""
+
+    distance: int
+    incoming: PairWork
+    target: int
+    outgoing: PairWork
+
+    @classmethod
+    def of(cls, schedule: Schedule, rank: int, distance: int) -> Distance:
+        """From the schedule."""
+        ranks = schedule.world_size
+        source, target = (rank - distance) % ranks, (rank + distance) % ranks
+        incoming = PairWork.of(schedule, rank, source)
+        return cls(distance, incoming, target, PairWork.of(schedule, target, rank))
+
+    def parts(self, longest: int, keys: int) -> tuple[int, int]:
+        """How many messages come in and go out, of about `keys` tokens of the longest shard."""
+        incoming, outgoing = (row_count(pair.rows) for pair in (self.incoming, self.outgoing))
+        return message_count(incoming, longest, keys), message_count(outgoing, longest, keys)
+
+    def rounds(
+        self, longest: int, keys: int, chosen: Iterable[int] | None = None
+    ) -> Iterator[Round]:
+        """These messages, or those of them whose numbers, from 0, are `chosen`.
+
+        The side that has fewer ends with empty ones; what is empty on both is left out.
+        """
+        parts_in, parts_out = self.parts(longest, keys)
+        first = self.distance * _most_messages(longest, keys)
+        for number in range(max(parts_in, parts_out)) if chosen is None else chosen:
+            incoming = self.incoming.step(number, parts_in)
+            outgoing = self.outgoing.step(number, parts_out)
+            if incoming.rows or outgoing.rows:
+                yield Round(first + number, incoming, self.target, outgoing)
+
+
+def message_count(rows: int, longest: int, keys: int) -> int:
+    """In how many messages a pair's rows travel: Note [Memory is set by the message]."""
+    shortest = max(1, keys // SHORTEST)
+    return min(_most_messages(longest, keys), _power_of_two(-(-rows // shortest)))
+
+
+def _most_messages(longest: int, keys: int) -> int:
+    return _power_of_two(longest // keys)
+
+
+class Rounds:
+    """The messages of one pass in order, the nearest distance first.
+
+    A shard of millions of tokens has so many that they would take more time and memory than all
+    else of the plan: then they are made when they are asked for. See `KEPT_ROUNDS`.
+    """
+
+    def __init__(self, distances: Sequence[Distance], longest: int, keys: int) -> None:
+        self._distances = distances
+        self._longest = longest
+        self._keys = keys
+        most = sum(max(some.parts(longest, keys)) for some in distances)
+        self._kept = tuple(self._made()) if most <= KEPT_ROUNDS else None
+
+    def __iter__(self) -> Iterator[Round]:
+        return self._made() if self._kept is None else iter(self._kept)
+
+    def _made(self) -> Iterator[Round]:
+        for some in self._distances:
+            yield from some.rounds(self._longest, self._keys)
 
 
 class DirectPlan:
@@ -142,34 +230,22 @@ class DirectPlan:
     ) -> None:
         self.tiles = tuple(schedule.tiles(rank, (rank,)))
         self.rows = ((rank, 0, schedule.k_lens[rank]),)
-        ranks = schedule.world_size
-        pairs = []
-        for distance in range(1, ranks):
-            source, target = (rank - distance) % ranks, (rank + distance) % ranks
-            incoming = PairWork.of(schedule, rank, source)
-            pairs.append((incoming, target, PairWork.of(schedule, target, rank)))
+        distances = [Distance.of(schedule, rank, n) for n in range(1, schedule.world_size)]
         longest = max(schedule.k_lens)
-        self.forward_rounds = tuple(_rounds(pairs, _power_of_two(longest // forward_keys)))
-        self.backward_rounds = tuple(_rounds(pairs, _power_of_two(longest // backward_keys)))
+        self.forward_rounds = Rounds(distances, longest, forward_keys)
+        self.backward_rounds = Rounds(distances, longest, backward_keys)
 
     def start(self, transport: Transport) -> KVExchange:
         return _Direct(self, transport)
 
     def sent(self) -> Sent:
-        incoming = [round_.incoming for round_ in self.backward_rounds]
-        return Sent(
-            sum(row_count(round_.outgoing.rows) for round_ in self.backward_rounds),
-            sum(row_count(step.rows) for step in incoming if not step.summed),
-            sum(row_count(step.rows) for step in incoming if step.summed),
-        )
-
-
-def _rounds(pairs: Sequence[tuple[PairWork, int, PairWork]], parts: int) -> Iterator[Round]:
-    """Every distance's messages in so many parts; what is empty on both sides is left out."""
-    for incoming, target, outgoing in pairs:
-        for step_in, step_out in zip(incoming.steps(parts), outgoing.steps(parts), strict=True):
-            if step_in.rows or step_out.rows:
-                yield Round(step_in, target, step_out)
+        kv, gradients, summed = 0, 0, 0
+        for round_ in self.backward_rounds:
+            kv += row_count(round_.outgoing.rows)
+            rows = row_count(round_.incoming.rows)
+            gradients += 0 if round_.incoming.summed else rows
+            summed += rows if round_.incoming.summed else 0
+        return Sent(kv, gradients, summed)
 
 
 class _Direct:
@@ -201,16 +277,20 @@ class _Direct:
         return self._home.dk.current(), self._home.dv.current()
 
     def _arrivals(
-        self, kind: Kind, rounds: Sequence[Round], k: Tensor, v: Tensor
+        self, kind: Kind, rounds: Rounds, k: Tensor, v: Tensor
     ) -> Iterator[tuple[Keys, Round | None]]:
         """The local keys, then every round's, each yielded while the next is under way."""
-        under_way = self._post(kind, rounds[0], k, v) if rounds else None
+        coming = iter(rounds)
+        following = next(coming, None)
+        under_way = self._post(kind, following, k, v) if following else None
         yield Keys(k, v, self._plan.tiles, self._plan.rows), None
-        for n, round_ in enumerate(rounds):
-            assert under_way is not None
-            transfer, buffer = under_way
+        while round_ := following:
+            transfer, buffer = under_way or self._post(kind, round_, k, v)
             transfer.wait()
-            under_way = self._post(kind, rounds[n + 1], k, v) if n + 1 < len(rounds) else None
+            following = next(coming, None)
+            # Note [One order of messages]
+            early = kind == "forward_kv" or (following and following.number == round_.number + 1)
+            under_way = self._post(kind, following, k, v) if following and early else None
             incoming = round_.incoming
             rows = [(incoming.source, *run) for run in incoming.rows]
             yield Keys(buffer.k, buffer.v, incoming.tiles, rows), round_
@@ -218,7 +298,7 @@ class _Direct:
     def _post(self, kind: Kind, round_: Round, k: Tensor, v: Tensor) -> tuple[Transfer, _Buffer]:
         incoming, outgoing = round_.incoming, round_.outgoing
         buffer = _Buffer(k, v, row_count(incoming.rows), k.dtype)
-        receives = buffer.messages(incoming.source, _is_one_piece(incoming, k))
+        receives = buffer.messages(incoming.source, incoming.is_one_piece(k.shape[0]))
         sends = _outgoing_messages(round_.target, outgoing, k, v)
         return self._transport.post(kind, sends, receives), buffer
 
@@ -268,7 +348,7 @@ class _Buffer:
 
 def _outgoing_messages(target: int, step: Step, k: Tensor, v: Tensor) -> list[Message]:
     """K and V of a step's rows: apart where that saves a copy, else packed into one message."""
-    if _is_one_piece(step, k):
+    if step.is_one_piece(k.shape[0]):
         rows = slice(*step.rows[0])
         return [Message(target, x[:, rows].contiguous()) for x in (k, v)]
     buffer = _Buffer(k, v, row_count(step.rows), k.dtype)
@@ -279,11 +359,6 @@ def _outgoing_messages(target: int, step: Step, k: Tensor, v: Tensor) -> list[Me
         buffer.v[:, piece] = v[:, start:stop]
         offset += stop - start
     return buffer.messages(target, apart=False)
-
-
-def _is_one_piece(step: Step, k: Tensor) -> bool:
-    """Whether the rows of a step are one run of memory in a contiguous tensor; both sides ask."""
-    return len(step.rows) == 1 and (k.shape[0] == 1 or step.whole)
 
 
 def _power_of_two(number: int) -> int:
@@ -335,32 +410,27 @@ class _Ring:
     def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
         self._home = _Home(k, v)
         dtype = accumulation_dtype(k.dtype)
-        sources, last = self._plan.sources, len(self._plan.sources) - 1
-        sending: Transfer | None = None
+        sources, k_lens = self._plan.sources, self._plan.k_lens
+        under_way: _SumsUnderWay | None = None
         for distance, keys in enumerate(self._arrivals("backward_kv", k, v)):
             if distance == 0:
                 yield self._home.step(keys)
                 continue
-            # The sum of the ranks that have had these keys before; none has at distance 1.
-            so_far = _Buffer(keys.k, keys.v, keys.k.shape[1] if distance > 1 else 0, dtype)
-            receiving = self._transport.post("gradient", [], so_far.messages(self._left, True))
             step = GradientStep(*keys, RowSum(keys.k), RowSum(keys.v))
             yield step
-            receiving.wait()
-            if sending:
-                sending.wait()
-            if distance > 1:
-                step.dk.add_(slice(None), so_far.k)
-                step.dv.add_(slice(None), so_far.v)
+            if under_way:
+                under_way.settle(step.dk, step.dv)
+                under_way = None  # its memory is needed for the next one
+            # The sum for the keys that come next, of the ranks that have had them; at last, home.
+            following = sources[(distance + 1) % len(sources)]
+            so_far = _Buffer(k, v, k_lens[following], dtype)
             sums = [total.current().to(dtype).contiguous() for total in (step.dk, step.dv)]
             sends = [Message(self._right, total) for total in sums]
-            sending = self._transport.post("gradient", sends, [])
-        if last > 0:
-            assert sending is not None, sources
-            mine = _Buffer(k, v, k.shape[1], dtype)
-            self._transport.post("gradient", [], mine.messages(self._left, True)).wait()
-            sending.wait()
-            self._home.add_(((0, k.shape[1]),), mine.k, mine.v)
+            transfer = self._transport.post("gradient", sends, so_far.messages(self._left, True))
+            under_way = _SumsUnderWay(transfer, so_far)
+            del so_far, step, keys
+        if under_way:
+            under_way.settle(self._home.dk, self._home.dv)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         return self._home.dk.current(), self._home.dv.current()
@@ -377,6 +447,19 @@ class _Ring:
             yield Keys(*held, tiles, ((source, 0, self._plan.k_lens[source]),))
             transfer.wait()
             held = buffer.k, buffer.v
+
+
+class _SumsUnderWay(NamedTuple):
+    """Sums of gradients under way along the ring."""
+
+    transfer: Transfer
+    arriving: _Buffer
+
+    def settle(self, dk: RowSum, dv: RowSum) -> None:
+        """Wait for them and add those that arrived."""
+        self.transfer.wait()
+        dk.add_(slice(None), self.arriving.k)
+        dv.add_(slice(None), self.arriving.v)
 
 
 class AllGatherPlan:

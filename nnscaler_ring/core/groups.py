@@ -79,9 +79,13 @@ class Traffic:
 
 @dataclass
 class GroupState:
-    """What a process remembers of one process group for as long as the group lives."""
+    """What a process remembers of one process group for as long as the group lives.
+
+    `connected`: the device types whose tensors its ranks are ready to exchange.
+    """
 
     traffic: Traffic = field(default_factory=Traffic)
+    connected: set[str] = field(default_factory=set)
     agreements: int = 0
     agreed_plans: OrderedDict[object, None] = field(default_factory=OrderedDict)
     agreement_seconds: float = AGREEMENT_SECONDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 
@@ -81,6 +82,31 @@ class Zigzag:
             for c in (rank, chunks - 1 - rank)
         ]
         return [(start, stop - start) for start, stop in edges]
+
+
+@dataclass(frozen=True)
+class ZigzagDocuments:
+    """Zigzag within every document: rank r holds its two chunks of each, document by document.
+
+    Document n is tokens `[cu_seqlens[n], cu_seqlens[n+1])`; its chunks are those of `Zigzag`. So
+    TransformerEngine and others that compute packed documents in zigzag order want them.
+    """
+
+    cu_seqlens: tuple[int, ...]
+    world_size: int
+
+    @property
+    def shard_lens(self) -> tuple[int, ...]:
+        return tuple(sum(span.length for span in self.spans(r)) for r in range(self.world_size))
+
+    def spans(self, rank: int) -> tuple[Span, ...]:
+        return _runs(
+            [
+                (start + position, length)
+                for start, stop in pairwise(self.cu_seqlens)
+                for position, length in Zigzag(stop - start, self.world_size)._chunks(rank)
+            ]
+        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Note [Rows of several branches]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -31,7 +31,16 @@ from nnscaler_ring.core.exchange import (
 )
 from nnscaler_ring.core.layout import Span
 from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.schedule import Mask, Rows, Schedule, row_count, tiles_of_spans, union
+from nnscaler_ring.core.schedule import (
+    CAUSAL,
+    FULL,
+    Mask,
+    Rows,
+    Schedule,
+    row_count,
+    tiles_of_spans,
+    union,
+)
 from nnscaler_ring.core.tile import Tile
 from nnscaler_ring.core.transport import Transport
 
@@ -45,8 +54,10 @@ class OfferedRows(Schedule):
 
     def __init__(self, rows: SpanningSegments, mask: Mask, exchange: str) -> None:
         super().__init__(rows, rows, mask)
+        assert mask in (CAUSAL, FULL), mask  # `_readers` relies on it
         self._by_pair = EXCHANGES[exchange] is DirectPlan
         self._used = [rows.strips(rank) for rank in range(self.world_size)]
+        self._documents = [frozenset(s.span.document for s in strips) for strips in self._used]
         self._runs = [union((s.start, s.stop) for s in strips) for strips in self._used]
         self.in_runs = cache(self._reads_runs)
         self.offered = [self._offer(rank) for rank in range(self.world_size)]
@@ -119,6 +130,20 @@ class OfferedRows(Schedule):
         used = sum(strip.span.length for strip in self._used[source])
         return row_count(self._runs[source]) < used
 
+    def _readers(self, source: int) -> Iterable[int]:
+        """Ranks that stand for all that read the source's rows: one of all that read the same.
+
+        Shards are contiguous, so of a document a rank reads all that an earlier one holds.
+        """
+        if not self._by_pair:
+            return (source,)
+        mine = self._documents[source]
+        return {
+            (rank > source, documents & mine): rank
+            for rank, documents in enumerate(self._documents)
+            if rank != source
+        }.values()
+
     def _read_runs(self, rank: int, source: int) -> Iterator[tuple[int, int]]:
         """The rows of the shard from the first to the last that is read, strip by strip."""
         for first, last in self.needed_rows(rank, source):
@@ -131,7 +156,7 @@ class OfferedRows(Schedule):
 
     def _offer(self, source: int) -> list[Strip]:
         used = self._used[source]
-        if not any(self.in_runs(rank, source) for rank in range(self.world_size)):
+        if not any(self.in_runs(rank, source) for rank in self._readers(source)):
             return used
         row = sum(strip.span.length for strip in used) if self._by_pair else 0
         runs = []

@@ -5,87 +5,18 @@ A group goes in as a string and `cu_seqlens` as tensors whose values are read on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.agreement import agree, refusing_together
-from nnscaler_ring.core.call import (
-    Call,
-    Plan,
-    RelayoutCall,
-    describe,
-    plan_call,
-    plan_relayout,
-)
-from nnscaler_ring.core.checks import check_bias_keys, check_own_length
-from nnscaler_ring.core.documents import documents_of, total_of
-from nnscaler_ring.core.dropout import Dropout, agreed_seed
+from nnscaler_ring.core.dropout import agreed_seed
 from nnscaler_ring.core.engine import attention_backward, attention_forward
-from nnscaler_ring.core.groups import ALONE, Place, find_place, group_state
-from nnscaler_ring.core.kernels import AttentionKernel, Problem, select_kernel
 from nnscaler_ring.core.online_softmax import accumulation_dtype
+from nnscaler_ring.core.options import EXTRAS_SCHEMA, OPTIONS_SCHEMA, Extras, split_arguments
+from nnscaler_ring.core.prepare import prepare
 from nnscaler_ring.core.relayout import move_rows
-from nnscaler_ring.core.schedule import Mask
-from nnscaler_ring.core.scores import Scores
-from nnscaler_ring.core.transport import Transport
-
-
-class Options(NamedTuple):
-    """What an attention op takes beside its tensors, in the order of `OPTIONS_SCHEMA`.
-
-    `shard_lens` None: equal shards. `compute_len`: this rank's query rows in `compute_layout`.
-    `left` and `right`: the mask, in tokens, UNBOUNDED for none. `bias_gradient`: bias wants one.
-    `same_seed`: the caller gave dropout_seed, so all ranks must hold the same. `first_batch` and
-    `first_head`: as in `DropoutSeed`.
-    """
-
-    op: str
-    group: str
-    shard_lens: Sequence[int] | None
-    shard_lens_k: Sequence[int] | None
-    caller_layout: str
-    compute_layout: str
-    compute_len: int
-    softmax_scale: float
-    left: int
-    right: int
-    softcap: float
-    bias_gradient: bool
-    dropout_p: float
-    same_seed: bool
-    first_batch: int
-    first_head: int
-    exchange: str
-    kernel: str
-    deterministic: bool
-
-
-OPTIONS_SCHEMA = (
-    "str op, str group, SymInt[]? shard_lens, SymInt[]? shard_lens_k, str caller_layout, "
-    "str compute_layout, SymInt compute_len, float softmax_scale, SymInt left, SymInt right, "
-    "float softcap, bool bias_gradient, float dropout_p, bool same_seed, SymInt first_batch, "
-    "SymInt first_head, str exchange, str kernel, bool deterministic"
-)
-
-
-class Extras(NamedTuple):
-    """Tensors that an attention op takes beside q, k, v, in the order of `EXTRAS_SCHEMA`."""
-
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    bias: Tensor | None = None
-    sinks: Tensor | None = None
-    dropout_seed: Tensor | None = None
-
-
-EXTRAS_SCHEMA = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? bias, "
-    "Tensor? sinks, Tensor? dropout_seed"
-)
 
 FORWARD_SCHEMA = (
     f"(Tensor q, Tensor k, Tensor v, {EXTRAS_SCHEMA}, {OPTIONS_SCHEMA}) -> "
@@ -102,20 +33,14 @@ BACKWARD_SCHEMA = (
 )
 
 
-RELAYOUT_SCHEMA = (
-    "(Tensor x, int dim, str op, str group, SymInt[]? shard_lens, str source, str target, "
-    "SymInt new_len) -> Tensor"
-)
-
-
 @torch.library.custom_op("nnscaler_ring::attention", mutates_args=(), schema=FORWARD_SCHEMA)
 def attention_op(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
     """Attention of q, k, v as the caller holds them, dense or packed: see FORWARD_SCHEMA."""
-    extras, options = _split(others)
-    run = _prepare(q.shape[-3], q, k, v, extras, options)
+    extras, options = split_arguments(others)
+    run = prepare(q.shape[-3], q, k, v, extras, options)
     transport = run.transport("forward")
     packed = q.dim() == 3
-    seed = agreed_seed(extras.dropout_seed, transport, must_be_same=options.same_seed)
+    seed = agreed_seed(extras.dropout_seed, transport, q.device, must_be_same=options.same_seed)
     q, k, v = _dense(packed, q, k, v)
     bias = _dense_bias(packed, extras.bias)
     moves = run.plan.moves_in
@@ -145,7 +70,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor,
 
 @attention_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    extras, options = _split(others)
+    extras, options = split_arguments(others)
     *batch, tokens, num_heads, head_dim = q.shape
     lse_dtype = accumulation_dtype(q.dtype)
     out = q.new_empty(*batch, tokens, num_heads, v.shape[-1])
@@ -182,9 +107,9 @@ def attention_backward_op(
     *others: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients in the caller's layout; q, k, v, out, softmax_lse, bias come in compute_layout."""
-    extras, options = _split(others)
+    extras, options = split_arguments(others)
     rows = _query_rows(dout, dlse)
-    run = _prepare(rows, q, k, v, extras, options, lse_gradient=dlse is not None)
+    run = prepare(rows, q, k, v, extras, options, lse_gradient=dlse is not None)
     transport = run.transport("backward")
     packed = q.dim() == 3
     if dout is None:
@@ -238,7 +163,7 @@ def _(
     softmax_lse: Tensor,
     *others: Any,
 ) -> tuple[Tensor, ...]:
-    extras, options = _split(others)
+    extras, options = split_arguments(others)
     rows = _query_rows(dout, dlse)
     moved = options.caller_layout != options.compute_layout
     dq, dk, dv = (
@@ -254,7 +179,7 @@ def _(
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, *others = inputs
     out, softmax_lse, seed, *moved = output
-    extras, options = _split(others)
+    extras, options = split_arguments(others)
     if extras.dropout_seed is not None:
         extras = extras._replace(dropout_seed=seed)
     if options.caller_layout != options.compute_layout:
@@ -286,200 +211,6 @@ def _attention_gradients(
 attention_op.register_autograd(_attention_gradients, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("nnscaler_ring::relayout", mutates_args=(), schema=RELAYOUT_SCHEMA)
-def relayout_op(
-    x: Tensor,
-    dim: int,
-    op: str,
-    group: str,
-    shard_lens: Sequence[int] | None,
-    source: str,
-    target: str,
-    new_len: int,
-) -> Tensor:
-    """x with its rows along `dim`, `new_len` afterwards, as the target layout has them.
-
-    `shard_lens` are the lengths of the contiguous shards, whichever side is contiguous.
-    """
-    place = find_place(group)
-    with refusing_together(group, op):
-        call = RelayoutCall(
-            op=op,
-            block_order=place.members,
-            shard_lens=tuple(shard_lens or [x.shape[dim]] * place.world_size),
-            dim=dim,
-            other_sizes=(*x.shape[:dim], *x.shape[dim + 1 :]),
-            dtype=x.dtype,
-            device_type=x.device.type,
-            source=source,
-            target=target,
-        )
-        plan = plan_relayout(call, place.block, x.shape[dim])
-    agree(group, call, op, lambda: describe(call))
-    return move_rows([(x, dim)], plan.moves, transport_of(group, place, op, plan.tag))[0]
-
-
-@relayout_op.register_fake
-def _(x: Tensor, dim: int, *options: Any) -> Tensor:
-    return x.new_empty(*x.shape[:dim], options[-1], *x.shape[dim + 1 :])
-
-
-def _save_relayout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *ctx.options = inputs
-    ctx.old_len = x.shape[ctx.options[0]]
-
-
-def _relayout_gradient(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-    dim, op, group, shard_lens, source, target, _ = ctx.options
-    back = relayout_op(dx, dim, op, group, shard_lens, target, source, ctx.old_len)
-    return (back, *(None,) * len(ctx.options))
-
-
-relayout_op.register_autograd(_relayout_gradient, setup_context=_save_relayout)
-
-
-class _Run(NamedTuple):
-    """An attention call on this rank, agreed on and ready to go."""
-
-    place: Place
-    plan: Plan
-    kernel: AttentionKernel
-    options: Options
-
-    def transport(self, direction: str) -> Transport:
-        """For the messages of one pass."""
-        op = f"{self.options.op} {direction}"
-        return transport_of(self.options.group, self.place, op, self.plan.tag)
-
-    def scores(self, extras: Extras, bias: Tensor | None, seed: Tensor | None) -> Scores:
-        """For one pass; bias [batch or 1, num_heads or 1, computed rows, all keys]."""
-        options, slopes = self.options, extras.alibi_slopes
-        dropout = None
-        if options.dropout_p and seed is not None:
-            dropout = Dropout(options.dropout_p, seed, options.first_batch, options.first_head)
-        return Scores(
-            options.softmax_scale,
-            self.plan.schedule,
-            self.place.block,
-            softcap=options.softcap,
-            alibi_slopes=None if slopes is None else slopes.view(-1, slopes.shape[-1]),
-            bias=bias,
-            needs_dbias=options.bias_gradient,
-            dropout=dropout,
-        )
-
-
-def _prepare(
-    rows: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    extras: Extras,
-    options: Options,
-    *,
-    lse_gradient: bool | None = None,
-) -> _Run:
-    """Plan the call and agree on it with the other ranks; nothing has moved before that.
-
-    `rows`: this rank's query rows as the caller holds them; q may have them as computed.
-    `lse_gradient`: whether a gradient of softmax_lse comes in; None in the forward pass.
-    """
-    place = find_place(options.group)
-    with refusing_together(options.group, options.op):
-        call = _call(rows, q, k, v, extras, options, place, lse_gradient)
-        kernel = select_kernel(options.kernel, _problem(call))
-        plan = plan_call(call, place.block)
-    agree(options.group, call, options.op, lambda: describe(call))
-    return _Run(place, plan, kernel, options)
-
-
-def _call(
-    rows: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    extras: Extras,
-    options: Options,
-    place: Place,
-    lse_gradient: bool | None,
-) -> Call:
-    documents_q, documents_k = (
-        None if cu is None else documents_of(cu)
-        for cu in (extras.cu_seqlens_q, extras.cu_seqlens_k)
-    )
-    moved = options.caller_layout != options.compute_layout
-    lens = lens_of_blocks("shard_lens", options.shard_lens, place, rows)
-    lens_k = options.shard_lens_k
-    if lens_k is None and (documents_k is None or total_of(documents_k) == sum(lens)):
-        lens_k = lens
-    lens_k = lens_of_blocks("shard_lens_k", lens_k, place, rows if moved else k.shape[-3])
-    bias, slopes = extras.bias, extras.alibi_slopes
-    if bias is not None:
-        check_bias_keys(bias, sum(lens_k))
-    return Call(
-        op=options.op,
-        block_order=place.members,
-        shard_lens=lens,
-        shard_lens_k=lens_k,
-        batch=1 if q.dim() == 3 else q.shape[0],
-        num_heads=q.shape[-2],
-        num_kv_heads=k.shape[-2],
-        head_dim=q.shape[-1],
-        v_head_dim=v.shape[-1],
-        dtype=q.dtype,
-        device_type=q.device.type,
-        softmax_scale=options.softmax_scale,
-        mask=Mask(options.left, options.right),
-        softcap=options.softcap,
-        alibi_slopes=None if slopes is None else tuple(slopes.shape),
-        bias=None if bias is None else (*bias.shape[:-2], bias.dtype),
-        bias_gradient=options.bias_gradient,
-        sinks=extras.sinks is not None,
-        dropout_p=options.dropout_p,
-        dropout_seed="given" if options.same_seed else "drawn",
-        # Its rows move where the layouts differ; elsewhere it is each rank's own affair.
-        lse_gradient=lse_gradient if moved else None,
-        caller_layout=options.caller_layout,
-        compute_layout=options.compute_layout,
-        exchange=options.exchange,
-        kernel=options.kernel,
-        deterministic=options.deterministic,
-        cu_seqlens_q=documents_q,
-        cu_seqlens_k=documents_k,
-    )
-
-
-def _problem(call: Call) -> Problem:
-    return Problem(
-        device_type=call.device_type,
-        dtype=call.dtype,
-        num_heads=call.num_heads,
-        num_kv_heads=call.num_kv_heads,
-        head_dim=call.head_dim,
-        v_head_dim=call.v_head_dim,
-        deterministic=call.deterministic,
-        softcap=call.softcap > 0,
-        alibi=call.alibi_slopes is not None,
-        bias=call.bias is not None,
-        dropout=call.dropout_p > 0,
-    )
-
-
-def lens_of_blocks(
-    name: str, lens: Sequence[int] | None, place: Place, rows: int
-) -> tuple[int, ...]:
-    """The rows of every block; None means that all have as many as this one."""
-    if lens is None:
-        return (rows,) * place.world_size
-    check_own_length(name, lens, place.block, rows)
-    return tuple(lens)
-
-
-def transport_of(group: str, place: Place, op: str, tag: int) -> Transport:
-    """For the messages of one pass over a group."""
-    return Transport(place, None if group == ALONE else group_state(group).traffic, op, tag)
-
-
 def _dense(packed: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Packed tensors with a batch of one; others as they are."""
     return tuple(x.unsqueeze(0) for x in tensors) if packed else tensors
@@ -500,12 +231,6 @@ def _query_rows(dout: Tensor | None, dlse: Tensor | None) -> int:
         return dout.shape[-3]
     assert dlse is not None
     return dlse.shape[-1]
-
-
-def _split(others: Sequence[Any]) -> tuple[Extras, Options]:
-    """The arguments after q, k, v."""
-    count = len(Extras._fields)
-    return Extras(*others[:count]), Options(*others[count:])
 
 
 def _nothing(*tensors: Tensor | None) -> Iterator[Tensor]:

@@ -113,6 +113,10 @@ class Step:
     summed: bool
     whole: bool
 
+    def is_one_piece(self, batch: int) -> bool:
+        """Whether the rows are one run of memory in a contiguous tensor; both sides ask."""
+        return len(self.rows) == 1 and (batch == 1 or self.whole)
+
 
 @dataclass(frozen=True)
 class PairWork:
@@ -131,21 +135,15 @@ class PairWork:
         in_message = merge_neighbours(_along_message(tiles, rows))
         return cls(source, rows, tuple(in_message), schedule.k_lens[source])
 
-    def steps(self, parts: int) -> Iterator[Step]:
-        """The needed rows cut into `parts` equal messages."""
+    def step(self, number: int, parts: int) -> Step:
+        """One of `parts` equal messages that the needed rows are cut into; later ones are empty."""
         total = row_count(self.rows)
-        edges = [part * total // parts for part in range(parts + 1)]
-        for start, stop in pairwise(edges):
-            clipped = (clip_keys(tile, start, stop) for tile in self.tiles)
-            part = tuple(tile.keys_moved(-start) for tile in clipped if tile)
-            cut = cut_rows(self.rows, start, stop)
-            whole = row_count(cut) == self.source_len
-            yield Step(self.source, cut, part, _summed(part), whole)
-
-
-def message_steps(schedule: Schedule, rank: int, source: int, parts: int) -> tuple[Step, ...]:
-    """The work of `rank` on `source`'s keys as `parts` messages."""
-    return tuple(PairWork.of(schedule, rank, source).steps(parts))
+        start, stop = (min(n, parts) * total // parts for n in (number, number + 1))
+        clipped = (clip_keys(tile, start, stop) for tile in self.tiles)
+        part = tuple(tile.keys_moved(-start) for tile in clipped if tile)
+        cut = cut_rows(self.rows, start, stop)
+        whole = row_count(cut) == self.source_len
+        return Step(self.source, cut, part, _summed(part), whole)
 
 
 def row_count(rows: Rows) -> int:

@@ -19,7 +19,7 @@ from nnscaler_ring.core.coordinates import (
 from nnscaler_ring.core.dropout import Dropout
 from nnscaler_ring.core.online_softmax import accumulation_dtype
 from nnscaler_ring.core.schedule import Schedule
-from nnscaler_ring.core.tile import Tile
+from nnscaler_ring.core.tile import KernelCall
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class StepScores:
         self._q = q
         self._k = k
 
-    def of(self, tile: Tile) -> ScoreMods | None:
+    def of(self, tile: KernelCall) -> ScoreMods | None:
         """What the kernel does to the scores of a tile; None: nothing."""
         if self._q is None or self._k is None:
             return None
@@ -135,7 +135,7 @@ class StepScores:
             k=k,
         )
 
-    def take_dbias_(self, tile: Tile, block: Tensor | None) -> None:
+    def take_dbias_(self, tile: KernelCall, block: Tensor | None) -> None:
         """Add the gradient of a tile's bias, [batch, num_heads, nq, nk], where bias is from."""
         dbias = self._scores._dbias
         if dbias is None or block is None or self._k is None:

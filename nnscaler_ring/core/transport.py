@@ -2,19 +2,34 @@
 
 The only file that sends anything. A transfer that fails raises an error that names the op, the
 direction and the peer, because gloo names an address at best.
+
+Note [Messages under NCCL]
+    NCCL runs on a stream of its own: what is posted starts when the work queued so far is done, and
+    runs beside what is queued after it. `Transfer.wait` makes the current stream wait, not the
+    host. Until then the transfer holds its tensors; after it their memory may be reused in the
+    order of the current stream, so that the caching allocator hands the same buffers out again.
+
+    NCCL has no tags. Two ranks match their messages by the order in which each posts them, and a
+    group of messages starts when the one before it is done. So all ranks post in one common order:
+    every rank skips the same way through the same sequence (see Note [One order of messages] in
+    exchange.py), and what one rank sends in a post, its peer receives in the same post.
+
+    NCCL connects the ranks in a group's first call, in which all must take part: `connect`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nnscaler_ring.core.groups import Place, Traffic
+from nnscaler_ring.core.groups import ALONE, Place, Traffic, group_of, group_state
+from nnscaler_ring.core.staging import backends_of, carriage_of
 
 Kind = Literal["forward_kv", "backward_kv", "gradient", "relayout", "seed"]
 KINDS: tuple[Kind, ...] = ("forward_kv", "backward_kv", "gradient", "relayout", "seed")
@@ -33,14 +48,23 @@ class Message(NamedTuple):
 
 
 class Transfer:
-    """Messages under way. Their tensors must live, unchanged, until `wait` returns."""
+    """Messages under way. Their tensors must live, unchanged, until `wait` returns.
 
-    def __init__(self, works: list[tuple[dist.Work, str]], tensors: list[Tensor]) -> None:
+    `arrived` is called when everything is there.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[tuple[dist.Work, str]],
+        tensors: Sequence[Tensor],
+        arrived: Callable[[], None] | None = None,
+    ) -> None:
         self._works = works
         self._tensors = tensors
+        self._arrived = arrived
 
     def wait(self) -> None:
-        """Return when all messages have left and arrived.
+        """Return when all messages have left and arrived, or the current stream waits for that.
 
         Raises:
             RuntimeError: a peer is lost or silent for longer than the group's timeout.
@@ -50,7 +74,28 @@ class Transfer:
                 work.wait()
             except RuntimeError as error:
                 raise RuntimeError(f"{what} failed: {error}") from error
-        self._works, self._tensors = [], []
+        if self._arrived:
+            self._arrived()
+        self._works, self._tensors, self._arrived = (), (), None
+
+
+def connect(group: str, device: torch.device) -> None:
+    """Ready a group for messages between tensors of a device; all its ranks take part.
+
+    Costs a collective where NCCL is used for the first time, else a lookup.
+
+    Raises:
+        ValueError: the group has no backend for the device.
+    """
+    if group == ALONE:
+        return
+    state, process_group = group_state(group), group_of(group)
+    if device.type in state.connected:
+        return
+    carriage_of(process_group, device)
+    if backends_of(process_group).get(device.type) == "nccl":
+        dist.all_reduce(torch.zeros(1, device=device), group=process_group)
+    state.connected.add(device.type)
 
 
 @dataclass(frozen=True)
@@ -72,22 +117,31 @@ class Transport:
 
     def post(self, kind: Kind, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
         """Start messages; empty ones are not sent, on either side."""
+        sends, receives = (
+            [message for message in messages if message.tensor.numel()]
+            for messages in (sends, receives)
+        )
+        self._count(kind, sends)
+        if not sends and not receives:
+            return Transfer((), ())
+        assert self.place.group is not None, self.place
+        carriage = carriage_of(self.place.group, (*sends, *receives)[0].tensor.device)
+        arriving = [message.tensor for message in receives]
+        outgoing = carriage.outgoing([message.tensor for message in sends])
+        incoming = carriage.incoming(arriving)
+        tag = self.plan_tag % (1 << 28) * len(KINDS) + KINDS.index(kind)
         operations: list[dist.P2POp] = []
         whats: list[str] = []
-        tag = self.plan_tag % (1 << 28) * len(KINDS) + KINDS.index(kind)
-        for call, messages in ((dist.isend, sends), (dist.irecv, receives)):
-            for block, tensor in messages:
-                if tensor.numel() == 0:
-                    continue
+        for call, direction, messages, tensors in (
+            (dist.isend, "sending to", sends, outgoing),
+            (dist.irecv, "receiving from", receives, incoming),
+        ):
+            for (block, _), tensor in zip(messages, tensors, strict=True):
                 peer = self.place.members[block]
                 operations.append(
                     dist.P2POp(call, tensor, group=self.place.group, group_peer=peer, tag=tag)
                 )
-                direction = "sending to" if call is dist.isend else "receiving from"
                 whats.append(f"{direction} rank {self.place.global_rank(block)} ({kind})")
-        self._count(kind, sends)
-        if not operations:
-            return Transfer([], [])
         together = "; ".join(dict.fromkeys(whats))
         try:
             works = dist.batch_isend_irecv(operations)
@@ -96,7 +150,8 @@ class Transport:
         if len(works) != len(whats):  # NCCL returns one work for the whole batch
             whats = [together] * len(works)
         named = [(work, f"{self.op}: {what}") for work, what in zip(works, whats, strict=True)]
-        return Transfer(named, [message.tensor for message in operations])
+        held = [*outgoing, *incoming, *arriving]
+        return Transfer(named, held, partial(carriage.arrived, arriving, incoming))
 
     def all_gather(self, kind: Kind, x: Tensor) -> Tensor:
         """[world_size, *x.shape]: every block's x, all of one shape, in block order."""
@@ -108,7 +163,9 @@ class Transport:
     def reduce_scatter(self, kind: Kind, x: Tensor) -> Tensor:
         """The sum over ranks of this rank's block of x [world_size, ...], in x's dtype."""
         in_group_order = torch.empty_like(x)
-        in_group_order[list(self.place.members)] = x
+        # Not by a list of indices, which the host would wait to copy to the device.
+        for member, share in zip(self.place.members, x, strict=True):
+            in_group_order[member] = share
         mine = x.new_empty(x.shape[1:])
         self._run(kind, REDUCE_SCATTER, mine.view(-1), in_group_order.view(-1))
         self._count_collective(kind, mine)
@@ -116,18 +173,24 @@ class Transport:
 
     def _in_block_order(self, gathered: Tensor) -> Tensor:
         members = self.place.members
-        return gathered if members == tuple(range(len(members))) else gathered[list(members)]
+        if members == tuple(range(len(members))):
+            return gathered
+        return torch.stack([gathered[member] for member in members])
 
     def _run(self, kind: Kind, collective, output: Tensor, x: Tensor) -> None:  # type: ignore[no-untyped-def]
         if x.numel() == 0:
             return
+        assert self.place.group is not None, self.place
+        carriage = carriage_of(self.place.group, x.device)
+        outgoing, incoming = carriage.outgoing([x]), carriage.incoming([output])
         try:
-            collective(output, x, group=self.place.group)
+            collective(*incoming, *outgoing, group=self.place.group)
         except RuntimeError as error:
             ranks = [self.place.global_rank(block) for block in range(self.place.world_size)]
             raise RuntimeError(
                 f"{self.op}: {kind} collective of ranks {ranks} failed: {error}"
             ) from error
+        carriage.arrived([output], incoming)
 
     def _count(self, kind: Kind, sends: Sequence[Message]) -> None:
         if self.traffic is None:

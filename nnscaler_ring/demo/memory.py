@@ -8,6 +8,13 @@ Note [Resident memory]
     third of a training step's time. (The threshold alone is not enough: malloc looks among its free
     blocks first, and what it reuses was resident before.)
     Elsewhere torch's profiler counts the bytes of tensors.
+
+Note [Counted bytes]
+    Counted is every tensor that this thread makes, however deep inside an op, with the bytes asked
+    for: the events of PyTorch's CPU allocator, replayed, whatever malloc does. A deallocation is
+    missed where another thread drops the last reference, as gloo's threads may after a collective:
+    what was missed is left over, and the peak is at most that much too high. (simulator.LiveBytes
+    tells apart what tensors are for, and does not see inside an op.)
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,36 +60,50 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
         before = torch.cuda.memory_allocated(device)
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
-    elif _reset_resident_peak():
+    elif _map_large_blocks() and reset_resident_peak():
         peak.method = "resident memory of the process"
-        before = _status("VmRSS")
+        before = status_bytes("VmRSS")
         yield peak
-        peak.bytes = _status("VmHWM") - before
+        peak.bytes = status_bytes("VmHWM") - before
         _mallopt(M_MMAP_THRESHOLD, USUAL_MMAP_THRESHOLD)
         _mallopt(M_TRIM_THRESHOLD, USUAL_TRIM_THRESHOLD)
     else:
         peak.method = "bytes of tensors, as torch's profiler counts them"
-        with torch.profiler.profile(profile_memory=True) as profile:
+        with _profiled() as profile:
             yield peak
-        peak.bytes = _peak_of_tensors(profile)
+        peak.bytes = _replayed(profile).peak
 
 
-def count_tensor_bytes(run: Callable[[], object]) -> int:
-    """The largest sum of live tensor bytes that a run makes on the CPU, whatever malloc does."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+class TensorBytes(NamedTuple):
+    """Counted bytes of tensors on the CPU: see Note [Counted bytes]."""
+
+    peak: int
+    left_over: int
+
+
+def count_tensor_bytes(run: Callable[[], object]) -> TensorBytes:
+    """Of the tensors that a run makes; those that were there before do not count."""
+    gc.collect()
+    with _profiled() as profile:
         run()
         gc.collect()
-    return _peak_of_tensors(profile)
+    return _replayed(profile)
 
 
-def _reset_resident_peak() -> bool:
+def reset_resident_peak() -> bool:
+    """Let VmHWM start anew, with free memory given back; False on systems that cannot."""
     try:
-        _mallopt(M_MMAP_THRESHOLD, 128 * 1024)
         ctypes.CDLL(None).malloc_trim(0)
         CLEAR_REFS.write_text("5")
     except (OSError, AttributeError):  # not glibc, or a system that does not let us
+        return False
+    return True
+
+
+def _map_large_blocks() -> bool:
+    try:
+        _mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+    except AttributeError:  # not glibc
         return False
     return True
 
@@ -91,7 +112,7 @@ def _mallopt(parameter: int, value: int) -> None:
     ctypes.CDLL(None).mallopt(parameter, value)
 
 
-def _status(name: str) -> int:
+def status_bytes(name: str) -> int:
     """A line of /proc/self/status, which are in KiB, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         key, _, value = line.partition(":")
@@ -100,7 +121,12 @@ def _status(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}")
 
 
-def _peak_of_tensors(profile: torch.profiler.profile) -> int:
+def _profiled() -> torch.profiler.profile:
+    cpu = torch.profiler.ProfilerActivity.CPU
+    return torch.profiler.profile(activities=[cpu], profile_memory=True)
+
+
+def _replayed(profile: torch.profiler.profile) -> TensorBytes:
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events: list[Any] = profile.profiler.kineto_results.events()  # torch types lack nbytes
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -108,7 +134,7 @@ def _peak_of_tensors(profile: torch.profiler.profile) -> int:
     for _, change in changes:
         level += change
         highest = max(highest, level)
-    return highest
+    return TensorBytes(highest, level)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnscaler_ring.models.rms_norm import RMSNorm
+from nnscaler_ring.models.rope import Rotation, rope_rotation, rotate
+from nnscaler_ring.models.swiglu import SwiGLU
+
 Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """(q [b, s, h, d], k and v [b, s, h_kv, d] of this rank's tokens, cu_seqlens) -> [b, s, h, d]."""
-
-Rotation = tuple[Tensor, Tensor]
-"""cos and sin of RoPE's angles, [b, s, 1, d / 2] each."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,11 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
+        self.config = config
         self.embedding = nn.Embedding(config.num_bytes, config.width)
         self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.num_bytes, bias=False)
-        self.frequencies: Tensor
-        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
         for weight in self.parameters():
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=0.02)
@@ -72,7 +71,7 @@ class Decoder(nn.Module):
     def logits(self, inputs: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits [b, s, 256] of each next byte."""
         x = self.embedding(inputs)
-        rotation = rope_rotation(positions, self.frequencies, x.dtype)
+        rotation = rope_rotation(positions, self.config.head_dim, x.dtype, self.config.rope_base)
         for layer in self.layers:
             x = layer(x, inputs.size(0), rotation, cu_seqlens)
         return self.head(self.norm(x))
@@ -92,9 +91,7 @@ class Layer(nn.Module):
         self.to_v = nn.Linear(config.width, kv_width, bias=False)
         self.from_heads = nn.Linear(q_width, config.width, bias=False)
         self.feed_forward_norm = RMSNorm(config.width)
-        self.gate = nn.Linear(config.width, config.hidden, bias=False)
-        self.up = nn.Linear(config.width, config.hidden, bias=False)
-        self.down = nn.Linear(config.hidden, config.width, bias=False)
+        self.feed_forward = SwiGLU(config.width, config.hidden)
 
     def forward(
         self, x: Tensor, batch: int, rotation: Rotation, cu_seqlens: Tensor | None
@@ -107,43 +104,4 @@ class Layer(nn.Module):
         v = self.to_v(normed).view(batch, -1, config.num_kv_heads, config.head_dim)
         out = self.attention(rotate(q, rotation), rotate(k, rotation), v, cu_seqlens)
         x = x + self.from_heads(out.flatten(2))
-        normed = self.feed_forward_norm(x)
-        return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a gain, in operations that nnScaler knows; nn.RMSNorm is not.
-
-    Source: Zhang and Sennrich, arXiv 1910.07467.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., width] -> [..., width]."""
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
-
-
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """By how many radians RoPE turns each pair of channels from one token to the next: [d / 2].
-
-    Source: Su et al., "RoFormer", arXiv 2104.09864.
-    """
-    return config.rope_base ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-
-
-def rope_rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rotation:
-    """cos and sin of the angles by which tokens at positions [b, s] are turned."""
-    # In float64, so that a large position keeps its fraction of a turn.
-    angles = positions.to(torch.float64).unsqueeze(2) * frequencies.to(torch.float64)
-    angles = angles.unsqueeze(2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """x [b, s, h, d] with channel n and n + d / 2 turned as a pair."""
-    cos, sin = rotation
-    first, second = x.chunk(2, dim=3)  # nnScaler takes no negative dim here
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=3)
+        return x + self.feed_forward(self.feed_forward_norm(x))

@@ -82,30 +82,15 @@ class SelfAttention(nn.Module):
         return self.from_heads(self._attend(q, k, v, shard_lens).flatten(2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, shard_lens: Sequence[int] | None) -> Any:
-        # Called by name, because nnScaler finds ops by name.
-        dropout_p = self.dropout_p if self.training else 0.0
-        window_size = (-1 if self.window is None else self.window, 0)
+        options: dict[str, Any] = {
+            "dropout_p": self.dropout_p if self.training else 0.0,
+            "window_size": (-1 if self.window is None else self.window, 0),
+            "process_group": self.process_group,
+            "shard_lens": shard_lens,
+            "exchange": self.exchange,
+        }
+        # Two calls, each by name: nnScaler finds ops by name.
         if self.layout == "contiguous":
-            out = wrap_ring_attn_func(
-                q,
-                k,
-                v,
-                dropout_p=dropout_p,
-                window_size=window_size,
-                process_group=self.process_group,
-                shard_lens=shard_lens,
-                exchange=self.exchange,
-            )
-        else:
-            out = wrap_zigzag_attn_func(
-                q,
-                k,
-                v,
-                dropout_p=dropout_p,
-                window_size=window_size,
-                process_group=self.process_group,
-                shard_lens=shard_lens,
-                exchange=self.exchange,
-                layout="contiguous" if self.layout == "zigzag" else "zigzag",
-            )
-        return out
+            return wrap_ring_attn_func(q, k, v, **options)
+        held = "contiguous" if self.layout == "zigzag" else "zigzag"
+        return wrap_zigzag_attn_func(q, k, v, layout=held, **options)

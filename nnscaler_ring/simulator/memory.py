@@ -10,16 +10,15 @@ Note [A ledger of one rank]
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
+from nnscaler_ring.core.exchange import BACKWARD_KEYS, FORWARD_KEYS, Distance, Round
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.online_softmax import ROWS_AT_ONCE
-from nnscaler_ring.core.schedule import message_steps, row_count
+from nnscaler_ring.core.schedule import row_count
 from nnscaler_ring.core.tile import UNBOUNDED, Tile
 from nnscaler_ring.simulator.call import SimulatedCall
-from nnscaler_ring.simulator.stand_in import is_packed, message_parts
 
 ALIKE = 3
 """Distances at the near end, and at the far end, whose steps stand for all."""
@@ -46,7 +45,10 @@ class KernelTraits:
 
 def traits_of(kernel: AttentionKernel) -> KernelTraits:
     """The traits of a kernel at hand; those of fused kernels in general where nothing is known."""
-    calls = partial(kernel.calls, plain=True)
+
+    def calls(tiles: Sequence[Tile]) -> Sequence[Tile]:
+        return [tile for call in kernel.calls(tiles, plain=True) for tile in call.tiles]
+
     if kernel.name == "torch_cpu":
         from nnscaler_ring.core.kernels.torch_cpu import FULL_BLOCK_ROWS
 
@@ -104,18 +106,6 @@ def predict_memory(
         if ledger.peak.total() > forward.total():
             return Memory(dict(ledger.peak))
     return Memory({name: n for name, n in forward.items() if n})
-
-
-@dataclass(frozen=True)
-class _Round:
-    """Rows in and out of one message, and what is computed with them."""
-
-    rows_in: int
-    rows_out: int
-    packed_out: bool
-    summed_in: bool
-    summed_out: bool
-    tiles: tuple[Tile, ...]
 
 
 @dataclass
@@ -285,69 +275,62 @@ class _Ledger:
 
     # The exchanges of core/exchange.py.
 
-    def _rounds(self, *, backward: bool) -> Iterator[_Round]:
-        ranks = self.schedule.world_size
-        parts = message_parts(self.schedule, backward=backward)
+    def _rounds(self, keys: int) -> list[Round]:
+        """The messages at some distances, of which a few stand for all of a distance."""
+        ranks, longest = self.schedule.world_size, max(self.schedule.k_lens)
         distances = sorted({*range(1, min(ALIKE + 1, ranks)), *range(max(1, ranks - ALIKE), ranks)})
+        found: list[Round] = []
         for distance in distances:
-            source, target = (self.rank - distance) % ranks, (self.rank + distance) % ranks
-            incoming = message_steps(self.schedule, self.rank, source, parts)
-            outgoing = message_steps(self.schedule, target, self.rank, parts)
-            for n in sorted({*range(min(ALIKE, parts)), parts - 1}):
-                step_in, step_out = incoming[n], outgoing[n]
-                if step_in.rows or step_out.rows:
-                    yield _Round(
-                        row_count(step_in.rows),
-                        row_count(step_out.rows),
-                        is_packed(step_out, self.call.sizes.batch),
-                        step_in.summed,
-                        step_out.summed,
-                        step_in.tiles,
-                    )
+            some = Distance.of(self.schedule, self.rank, distance)
+            count = max(some.parts(longest, keys))
+            found += some.rounds(longest, keys, sorted({*range(min(ALIKE, count)), count - 1}))
+        return found
 
     def _local_tiles(self) -> list[Tile]:
         return self.schedule.tiles(self.rank, (self.rank,))
 
-    def _post(self, number: int, rounds: Sequence[_Round]) -> None:
+    def _post(self, number: int, rounds: Sequence[Round]) -> None:
         if number < len(rounds):
-            round_ = rounds[number]
-            if round_.packed_out:
-                self.hold(f"messages:packed {number}", round_.rows_out * self.kv_row)
-            self.hold(f"messages:in {number}", round_.rows_in * self.kv_row)
+            incoming, outgoing = rounds[number].incoming, rounds[number].outgoing
+            if not outgoing.is_one_piece(self.call.sizes.batch):
+                self.hold(f"messages:packed {number}", row_count(outgoing.rows) * self.kv_row)
+            self.hold(f"messages:in {number}", row_count(incoming.rows) * self.kv_row)
 
-    def _arrive(self, number: int, rounds: Sequence[_Round]) -> None:
+    def _arrive(self, number: int, rounds: Sequence[Round]) -> None:
         self.drop(f"messages:packed {number}")
         self.live[f"kv_chunk:{number}"] = self.live.pop(f"messages:in {number}")
         self._post(number + 1, rounds)
 
     def _direct_forward(self) -> None:
-        rounds = list(self._rounds(backward=False))
+        rounds = self._rounds(FORWARD_KEYS)
         self._post(0, rounds)
         self.compute(self._local_tiles())
         for number, round_ in enumerate(rounds):
             self._arrive(number, rounds)
             self.drop(f"kv_chunk:{number - 1}")
-            self.compute(round_.tiles)
+            self.compute(round_.incoming.tiles)
 
     def _direct_backward(self) -> None:
         sizes = self.call.sizes
-        rounds = list(self._rounds(backward=True))
+        rounds = self._rounds(BACKWARD_KEYS)
         self._post(0, rounds)
         self.compute_gradients(self._local_tiles(), self.home)
         for number, round_ in enumerate(rounds):
             self.drop(f"kv_chunk:{number - 1}")
             self._arrive(number, rounds)
-            keys = _Sum(f"message {number}", round_.rows_in, (sizes.k_numbers, sizes.v_numbers))
-            self.compute_gradients(round_.tiles, keys)
-            item = sizes.sum_itemsize if round_.summed_in else sizes.itemsize
+            incoming, outgoing = round_.incoming, round_.outgoing
+            rows_in, rows_out = row_count(incoming.rows), row_count(outgoing.rows)
+            keys = _Sum(f"message {number}", rows_in, (sizes.k_numbers, sizes.v_numbers))
+            self.compute_gradients(incoming.tiles, keys)
+            item = sizes.sum_itemsize if incoming.summed else sizes.itemsize
             made = self.live.pop(f"sums:message {number}", 0)
             self.hold(f"messages:home {number}", made)
-            if keys.itemsize != item and round_.rows_in:
-                self.hold("messages:cast", round_.rows_in * sizes.kv_numbers * item)
+            if keys.itemsize != item and rows_in:
+                self.hold("messages:cast", rows_in * sizes.kv_numbers * item)
                 self.drop("messages:cast")
-                self.hold(f"messages:home {number}", round_.rows_in * sizes.kv_numbers * item)
-            back = sizes.sum_itemsize if round_.summed_out else sizes.itemsize
-            size = round_.rows_out * sizes.kv_numbers * back
+                self.hold(f"messages:home {number}", rows_in * sizes.kv_numbers * item)
+            back = sizes.sum_itemsize if outgoing.summed else sizes.itemsize
+            size = rows_out * sizes.kv_numbers * back
             self.hold(f"messages:returning {number}", size)
             self.drop(f"messages:returning {number - 2}")
             self._settle(number - 1, rounds)
@@ -357,10 +340,10 @@ class _Ledger:
             {name: n for name, n in self.live.items() if not name.startswith("messages")}
         )
 
-    def _settle(self, number: int, rounds: Sequence[_Round]) -> None:
+    def _settle(self, number: int, rounds: Sequence[Round]) -> None:
         if number >= 0:
             self.drop(f"messages:home {number}")
-            if rounds[number].rows_out:
+            if rounds[number].outgoing.rows:
                 self._to_sum(self.home)
 
     def _sources(self) -> list[int]:
@@ -393,23 +376,23 @@ class _Ledger:
             if distance == 0:
                 self.compute_gradients(tiles, self.home)
             else:
-                if distance > 1:
-                    self.hold(f"messages:so far {distance}", rows * wide)
-                self.drop(f"messages:so far {distance - 1}", f"kv_chunk:{distance - 1}")
-                self.drop(f"sums:message {distance - 1}")
+                self.drop(f"kv_chunk:{distance - 1}")
                 keys = _Sum(f"message {distance}", rows, (sizes.k_numbers, sizes.v_numbers))
                 self.compute_gradients(tiles, keys)
+                self.drop("messages:sums")
                 if distance > 1:
                     self._to_sum(keys)
-                if keys.itemsize == sizes.sum_itemsize:
-                    self.drop("messages:sums")
-                    self.live["messages:sums"] = self.live.pop(f"sums:message {distance}")
-                else:
+                self.drop("messages:so far")
+                following = sources[(distance + 1) % len(sources)]
+                self.hold("messages:so far", self.schedule.k_lens[following] * wide)
+                if keys.itemsize != sizes.sum_itemsize:
                     self.hold("messages:sums", rows * wide)
+                    self.drop(f"sums:message {distance}")
+                else:
+                    self.live["messages:sums"] = self.live.pop(f"sums:message {distance}")
             if f"messages:{distance + 1}" in self.live:
                 self.live[f"kv_chunk:{distance + 1}"] = self.live.pop(f"messages:{distance + 1}")
         if len(sources) > 1:
-            self.hold("messages:mine", self.keys * wide)
             self._to_sum(self.home)
         self.live = Counter(
             {n: size for n, size in self.live.items() if not n.startswith(("messages", "kv_chunk"))}

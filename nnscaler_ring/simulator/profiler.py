@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.exchange import GradientStep, Keys, KVExchange
-from nnscaler_ring.core.kernels import AttentionKernel, Problem
+from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.kernels.tile_math import TileGradients
-from nnscaler_ring.core.tile import Tile
+from nnscaler_ring.core.tile import KernelCall, Tile
 from nnscaler_ring.simulator.live_bytes import LiveBytes
 from nnscaler_ring.simulator.memory import predict_memory, traits_of
 from nnscaler_ring.simulator.simulator import RingAttentionSimulator
@@ -33,13 +33,14 @@ class MemoryProfile:
 
     `at_peak` adds up to `total`; `highest` has each component's own maximum. `allocator_peak` is
     torch's CUDA allocator's, with what the stand-ins for other ranks needed; None on the CPU.
+    `predicted` is None for calls with `ScoreOptions`, whose blocks of scores are not foretold.
     """
 
     rank: int
     backward: bool
     at_peak: dict[str, int]
     highest: dict[str, int]
-    predicted: int
+    predicted: int | None
     allocator_peak: int | None
 
     @property
@@ -85,12 +86,7 @@ class RingAttentionMemoryProfiler:
             backward=self.backward,
             at_peak={name: n for name, n in sorted(meter.peak.items()) if n},
             highest={name: n for name, n in sorted(meter.highest.items()) if n},
-            predicted=predict_memory(
-                self.simulator.call,
-                self.rank,
-                traits_of(self.simulator.kernel),
-                backward=self.backward,
-            ).total,
+            predicted=self._predicted(),
             allocator_peak=allocator,
         )
 
@@ -103,10 +99,17 @@ class RingAttentionMemoryProfiler:
         profile = self.profile()
         figures = {name: 0 for name in ("q_memory", "kv_chunk_memory", "temp_scores_memory")}
         figures.update({f"{name}_memory": n for name, n in profile.highest.items()})
-        return figures | {
-            "total_memory": profile.total,
-            "predicted_total_memory": profile.predicted,
-        }
+        figures["total_memory"] = profile.total
+        if profile.predicted is not None:
+            figures["predicted_total_memory"] = profile.predicted
+        return figures
+
+    def _predicted(self) -> int | None:
+        simulator = self.simulator
+        if not simulator.options.is_plain:
+            return None
+        traits = traits_of(simulator.kernel)
+        return predict_memory(simulator.call, self.rank, traits, backward=self.backward).total
 
 
 @dataclass
@@ -116,7 +119,7 @@ class _Watch:
     meter: LiveBytes = field(default_factory=LiveBytes)
 
     def own(self, **tensors: Tensor) -> None:
-        components = {"q": "q", "k": "kv", "v": "kv"}
+        components = {"q": "q", "k": "kv", "v": "kv", "bias": "bias"}
         for name, x in tensors.items():
             component = components.get(name, "results")
             self.meter.see(x, component)
@@ -145,10 +148,7 @@ class _WatchedKernel:
         self.meter = meter
         self.name = inner.name
 
-    def supports(self, problem: Problem) -> str | None:
-        return self.inner.supports(problem)
-
-    def calls(self, tiles: Sequence[Tile], *, plain: bool) -> Sequence[Tile]:
+    def calls(self, tiles: Sequence[Tile], *, plain: bool) -> Sequence[KernelCall]:
         return self.inner.calls(tiles, plain=plain)
 
     def forward(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:

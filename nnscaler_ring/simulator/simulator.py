@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.engine import attention_backward, attention_forward
+from nnscaler_ring.core.engine import Gradients, attention_backward, attention_forward
 from nnscaler_ring.core.exchange import KVExchange
 from nnscaler_ring.core.groups import Traffic
 from nnscaler_ring.core.kernels import AttentionKernel, select_kernel
@@ -24,13 +24,15 @@ from nnscaler_ring.core.schedule import Rows
 from nnscaler_ring.core.scores import Scores
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.inputs import Inputs
+from nnscaler_ring.simulator.score_options import PLAIN, ScoreOptions
 from nnscaler_ring.simulator.stand_in import Peers, Queries, exchange_plan, stand_in
 
 
 class Share(NamedTuple):
     """One rank's results: [batch, its tokens, heads, head_dim], lse [batch, heads, its tokens].
 
-    Gradients are None without a backward pass. `sent` is what the rank sent in all.
+    Gradients are None without a backward pass. `sent` is what the rank sent in all. `dbias` has
+    the rank's rows, `dsinks` is its part of a sum over ranks; None where there are no such options.
     """
 
     out: Tensor
@@ -39,6 +41,8 @@ class Share(NamedTuple):
     dk: Tensor | None
     dv: Tensor | None
     sent: Traffic
+    dbias: Tensor | None = None
+    dsinks: Tensor | None = None
 
 
 class Results(NamedTuple):
@@ -50,6 +54,8 @@ class Results(NamedTuple):
     dk: Tensor | None
     dv: Tensor | None
     sent: list[Traffic]
+    dbias: Tensor | None = None
+    dsinks: Tensor | None = None
 
 
 class Observer(Protocol):
@@ -106,21 +112,31 @@ class RingAttentionSimulator:
         inputs: tensors of the whole sequence (`WholeInputs`), or rows made from the number of
             the token (`GeneratedInputs`), so that nobody holds the whole sequence.
         device: where to compute.
+        options: softcap, ALiBi, bias, sinks, dropout.
 
     Raises:
-        ValueError: no kernel computes this on the device.
+        ValueError: an option that the public functions refuse, or no kernel computes this on the
+            device.
 
     Source: Liu et al., "Ring Attention with Blockwise Transformers", arXiv 2310.01889.
     """
 
-    def __init__(self, call: SimulatedCall, inputs: Inputs, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        call: SimulatedCall,
+        inputs: Inputs,
+        device: str = "cpu",
+        options: ScoreOptions = PLAIN,
+    ) -> None:
+        options.check(call, device)
         self.call = call
         self.inputs = inputs
         self.device = device
-        problem = call.sizes.problem(torch.device(device).type)
+        self.options = options
+        problem = options.problem(call.sizes.problem(torch.device(device).type))
         self.kernel = select_kernel(call.kernel, problem)
         self._shares = _Shares(self)
-        self._peers = Peers(call.schedule, self._shares, self.kernel, call.scale)
+        self._peers = Peers(call.schedule, self._shares, self.kernel, self._scores)
 
     def rank_share(
         self, rank: int, *, backward: bool = False, observer: Observer | None = None
@@ -145,8 +161,9 @@ class RingAttentionSimulator:
             return Share(out, lse, None, None, None, sent)
         dout = self.queries("dout", rank)
         watch.own(dout=dout, out=out, softmax_lse=lse)
-        dq, dk, dv, sent_back = self._backward(rank, Queries(dout, q, out, lse), k, v, watch)
-        return Share(out, lse, dq, dk, dv, Traffic() - (Traffic() - sent - sent_back))
+        gradients, sent_back = self._backward(rank, Queries(dout, q, out, lse), k, v, watch)
+        sent = Traffic() - (Traffic() - sent - sent_back)
+        return Share(out, lse, *gradients[:3], sent, *gradients[3:])
 
     def all_ranks(
         self,
@@ -172,12 +189,17 @@ class RingAttentionSimulator:
         self._shares.known = whole
         for rank in range(self.call.ranks):
             k, v = self._shares.keys(rank)
-            *gradients, sent = self._backward(rank, self._shares.queries(rank), k, v, _Nobody())
+            gradients, sent = self._backward(rank, self._shares.queries(rank), k, v, _Nobody())
             tokens, tokens_k = (
                 self.tokens(layout, rank) for layout in (schedule.q_layout, schedule.k_layout)
             )
-            for name, x in zip(("dq", "dk", "dv"), gradients, strict=True):
-                whole.put(name, 1, tokens if name == "dq" else tokens_k, x)
+            whole.put("dq", 1, tokens, gradients.dq)
+            whole.put("dk", 1, tokens_k, gradients.dk)
+            whole.put("dv", 1, tokens_k, gradients.dv)
+            if gradients.dbias is not None:
+                whole.put("dbias", 2, tokens, gradients.dbias)
+            if gradients.dsinks is not None:
+                whole.add("dsinks", gradients.dsinks)
             whole.sent[rank] = Traffic() - (Traffic() - whole.sent[rank] - sent)
             on_share(rank)
         self._shares.known = None
@@ -192,6 +214,12 @@ class RingAttentionSimulator:
         """Where in the sequence a rank's rows stand."""
         return self.call.tokens_of(layout, rank, rows)  # type: ignore[arg-type]
 
+    def _scores(self, rank: int, watch: Observer | None = None, *, dbias: bool = False) -> Scores:
+        bias = self.options.bias_rows(self.tokens(self.call.schedule.q_layout, rank))
+        if bias is not None and watch is not None:
+            watch.own(bias=bias)
+        return self.options.scores(self.call, rank, bias, dbias=dbias)
+
     def _forward(
         self, rank: int, q: Tensor, k: Tensor, v: Tensor, watch: Observer
     ) -> tuple[Tensor, Tensor, Traffic]:
@@ -204,18 +232,19 @@ class RingAttentionSimulator:
                 v,
                 exchange=watch.exchange(plan.start(transport)),
                 kernel=watch.kernel(self.kernel),
-                scores=Scores(self.call.scale),
+                scores=self._scores(rank, watch),
+                sinks=self.options.sinks,
             )
         assert transport.traffic is not None
         return out, lse, transport.traffic
 
     def _backward(
         self, rank: int, own: Queries, k: Tensor, v: Tensor, watch: Observer
-    ) -> tuple[Tensor, Tensor, Tensor, Traffic]:
+    ) -> tuple[Gradients, Traffic]:
         plan = exchange_plan(self.call.exchange, self.call.schedule, rank)
         transport = stand_in(plan, rank, self._peers, backward=True, aside=watch.aside)
         with watch.running():
-            dq, dk, dv, *_ = attention_backward(
+            gradients = attention_backward(
                 own.dout,
                 None,
                 own.q,
@@ -225,10 +254,13 @@ class RingAttentionSimulator:
                 own.softmax_lse,
                 exchange=watch.exchange(plan.start(transport)),
                 kernel=watch.kernel(self.kernel),
-                scores=Scores(self.call.scale),
+                scores=self._scores(rank, watch, dbias=True),
+                sinks=self.options.sinks,
             )
+        if gradients.dbias is not None and self.options.bias is not None:
+            gradients = gradients._replace(dbias=gradients.dbias.to(self.options.bias.dtype))
         assert transport.traffic is not None
-        return dq, dk, dv, transport.traffic
+        return gradients, transport.traffic
 
 
 @dataclass
@@ -275,12 +307,15 @@ class _Whole:
             self.tensors[name] = share.new_zeros(shape)
         self.tensors[name].index_copy_(dim, tokens.to(share.device), share)
 
+    def add(self, name: str, part: Tensor) -> None:
+        self.tensors[name] = self.tensors[name] + part if name in self.tensors else part
+
     def take(self, name: str, dim: int, tokens: Tensor) -> Tensor:
         x = self.tensors[name]
         return x.index_select(dim, tokens.to(x.device))
 
     def results(self) -> Results:
-        names = ("out", "softmax_lse", "dq", "dk", "dv")
-        out, lse, dq, dk, dv = (self.tensors.get(name) for name in names)
-        assert out is not None and lse is not None
-        return Results(out, lse, dq, dk, dv, self.sent)
+        out, lse = self.tensors["out"], self.tensors["softmax_lse"]
+        names = ("dq", "dk", "dv", "dbias", "dsinks")
+        dq, dk, dv, dbias, dsinks = (self.tensors.get(name) for name in names)
+        return Results(out, lse, dq, dk, dv, self.sent, dbias, dsinks)

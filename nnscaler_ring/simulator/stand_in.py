@@ -19,23 +19,22 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.coordinates import KeyRows
 from nnscaler_ring.core.engine import attention_backward
 from nnscaler_ring.core.exchange import (
-    BACKWARD_KEYS,
     EXCHANGES,
-    FORWARD_KEYS,
     AllGatherPlan,
     DirectPlan,
     ExchangePlan,
     GradientStep,
     RingPlan,
-    Round,
+    Rounds,
 )
 from nnscaler_ring.core.groups import Place, Traffic
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.online_softmax import accumulation_dtype
 from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.schedule import Rows, Schedule, Step
+from nnscaler_ring.core.schedule import Rows, Schedule
 from nnscaler_ring.core.scores import Scores
 from nnscaler_ring.core.tile import Tile
 from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
@@ -74,14 +73,15 @@ class Peers:
     schedule: Schedule
     shares: Shares
     kernel: AttentionKernel
-    softmax_scale: float
+    scores: Callable[[int], Scores]
+    """Of a rank's rows."""
 
     def gradients(
-        self, rank: int, k: Tensor, v: Tensor, tiles: Sequence[Tile]
+        self, rank: int, k: Tensor, v: Tensor, tiles: Sequence[Tile], rows: KeyRows
     ) -> tuple[RowSum, RowSum]:
-        """A rank's part of the gradients of some keys: Note [What a peer sends]."""
+        """A rank's part of the gradients of some keys, `rows`: Note [What a peer sends]."""
         peer = self.shares.queries(rank)
-        step = _OneStep(tiles)
+        step = _OneStep(tiles, rows)
         attention_backward(
             peer.dout,
             None,
@@ -92,7 +92,7 @@ class Peers:
             peer.softmax_lse,
             exchange=step,
             kernel=self.kernel,
-            scores=Scores(self.softmax_scale),
+            scores=self.scores(rank),
         )
         return step.dk, step.dv
 
@@ -100,15 +100,16 @@ class Peers:
 class _OneStep:
     """An exchange of a single step, whose sums of gradients can be read afterwards."""
 
-    def __init__(self, tiles: Sequence[Tile]) -> None:
+    def __init__(self, tiles: Sequence[Tile], rows: KeyRows) -> None:
         self._tiles = tiles
+        self._rows = rows
 
     def steps(self, k: Tensor, v: Tensor) -> Iterator[Any]:
         raise NotImplementedError("a peer's forward pass is not asked for.")
 
     def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
         self.dk, self.dv = RowSum(k), RowSum(v)
-        yield GradientStep(k, v, self._tiles, (), self.dk, self.dv)
+        yield GradientStep(k, v, self._tiles, self._rows, self.dk, self.dv)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         return self.dk.current(), self.dv.current()
@@ -182,7 +183,7 @@ def stand_in(
     )
 
 
-def _direct_keys(rounds: Sequence[Round], peers: Peers) -> Iterator[Answer]:
+def _direct_keys(rounds: Rounds, peers: Peers) -> Iterator[Answer]:
     for round_ in rounds:
         step = round_.incoming
         yield lambda receives, step=step: _fill(
@@ -190,14 +191,16 @@ def _direct_keys(rounds: Sequence[Round], peers: Peers) -> Iterator[Answer]:
         )  # type: ignore[misc]
 
 
-def _direct_gradients(rounds: Sequence[Round], rank: int, peers: Peers) -> Iterator[Answer]:
+def _direct_gradients(rounds: Rounds, rank: int, peers: Peers) -> Iterator[Answer]:
     for round_ in rounds:
 
         def answer(receives: Sequence[Message], round_=round_) -> None:  # type: ignore[no-untyped-def]
             step = round_.outgoing
             if step.rows:
                 k, v = peers.shares.keys(rank, step.rows)
-                sums = peers.gradients(round_.target, k, v, step.tiles)
+                sums = peers.gradients(
+                    round_.target, k, v, step.tiles, [(rank, *run) for run in step.rows]
+                )
                 _fill(receives, *(total.current() for total in sums))
 
         yield answer
@@ -212,20 +215,18 @@ def _ring_keys(plan: RingPlan, peers: Peers) -> Iterator[Answer]:
 def _ring_gradients(plan: RingPlan, rank: int, peers: Peers) -> Iterator[Answer]:
     """The sums of the ranks between a shard's owner and this rank, owner's right first."""
     ranks = peers.schedule.world_size
-    for source in [*plan.sources[1:], rank]:
+    for source in [*plan.sources[2:], rank]:
         between = [(source + n) % ranks for n in range(1, ranks)]
         between = between[: between.index(rank)] if rank in between else between
 
         def answer(
             receives: Sequence[Message], source: int = source, chain: Sequence[int] = between
         ) -> None:
-            if not chain:
-                return
             k, v = peers.shares.keys(source)
             so_far: list[Tensor] = []
             for peer in chain:
                 tiles = tuple(peers.schedule.tiles(peer, (source,)))
-                sums = peers.gradients(peer, k, v, tiles)
+                sums = peers.gradients(peer, k, v, tiles, [(source, 0, k.shape[1])])
                 for total, before in zip(sums, so_far, strict=False):
                     total.add_(slice(None), before)
                 so_far = [total.current().to(accumulation_dtype(k.dtype)) for total in sums]
@@ -262,12 +263,13 @@ class _Collectives:
         if not self._parts:
             shards = [self._peers.shares.keys(rank) for rank in range(ranks)]
             k, v = (torch.cat(parts, dim=1) for parts in zip(*shards, strict=True))
+            rows = [(source, 0, length) for source, length in enumerate(schedule.k_lens)]
             start = sum(schedule.k_lens[: self._rank])
             mine = slice(start, start + schedule.k_lens[self._rank])
             for distance in range(1, ranks):
                 peer = (self._rank - distance) % ranks
                 tiles = tuple(schedule.tiles(peer, range(ranks)))
-                sums = self._peers.gradients(peer, k, v, tiles)
+                sums = self._peers.gradients(peer, k, v, tiles, rows)
                 self._parts.append([total.current()[:, mine] for total in sums])
         own = x.view(ranks, -1)[self._rank]
         total = torch.zeros_like(own)
@@ -295,14 +297,3 @@ def _fill(receives: Sequence[Message], k: Tensor, v: Tensor) -> None:
         ]
     for part, x in zip(parts, (k, v), strict=True):
         part.copy_(x)
-
-
-def message_parts(schedule: Schedule, *, backward: bool) -> int:
-    """How many messages the direct exchange cuts a step into."""
-    keys = BACKWARD_KEYS if backward else FORWARD_KEYS
-    return 1 << max(0, (max(schedule.k_lens) // keys).bit_length() - 1)
-
-
-def is_packed(step: Step, batch: int) -> bool:
-    """Whether the direct exchange copies the rows of a step before it sends them."""
-    return not (len(step.rows) == 1 and (batch == 1 or step.whole))

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nnscaler_ring.core.schedule import Step, message_steps, row_count
+from nnscaler_ring.core.exchange import DirectPlan, Distance, Round
+from nnscaler_ring.core.schedule import row_count
 from nnscaler_ring.core.tile import Tile
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.cluster import Cluster
 from nnscaler_ring.simulator.memory import KernelTraits
 from nnscaler_ring.simulator.sizes import Sizes
-from nnscaler_ring.simulator.stand_in import message_parts
 
 
 class StepWork(NamedTuple):
@@ -28,6 +28,13 @@ class StepWork(NamedTuple):
     tiles: tuple[Tile, ...]
     wide_in: bool = False
     wide_out: bool = False
+
+    @classmethod
+    def of(cls, round_: Round) -> StepWork:
+        """Of the direct exchange."""
+        one, other = round_.incoming, round_.outgoing
+        rows = row_count(one.rows), row_count(other.rows)
+        return cls(one.source, round_.target, *rows, one.tiles, one.summed, other.summed)
 
 
 @dataclass(frozen=True)
@@ -46,18 +53,9 @@ class RankWork:
 
 def rank_work(call: SimulatedCall, rank: int, *, backward: bool) -> RankWork:
     """What a rank does with the direct exchange, message by message."""
-    schedule, ranks = call.schedule, call.ranks
-    parts = message_parts(schedule, backward=backward)
-    steps: list[StepWork] = []
-    for distance in range(1, ranks):
-        source, target = (rank - distance) % ranks, (rank + distance) % ranks
-        incoming = message_steps(schedule, rank, source, parts)
-        outgoing = message_steps(schedule, target, rank, parts)
-        for one, other in zip(incoming, outgoing, strict=True):
-            if one.rows or other.rows:
-                rows = row_count(one.rows), row_count(other.rows)
-                steps.append(StepWork(source, target, *rows, one.tiles, one.summed, other.summed))
-    return RankWork(rank, tuple(schedule.tiles(rank, (rank,))), tuple(steps))
+    plan = DirectPlan(call.schedule, rank)
+    rounds = plan.backward_rounds if backward else plan.forward_rounds
+    return RankWork(rank, plan.tiles, tuple(map(StepWork.of, rounds)))
 
 
 def ring_work(call: SimulatedCall, rank: int) -> RankWork:
@@ -78,23 +76,20 @@ def planned_work(call: SimulatedCall, rank: int) -> tuple[RankWork, RankWork]:
     """
     schedule, ranks = call.schedule, call.ranks
 
-    def step(distance: int) -> Step:
-        source = (rank - distance) % ranks
-        return message_steps(schedule, rank, source, 1)[0]
+    def step(distance: int) -> StepWork:
+        found = Distance.of(schedule, rank, distance)
+        one, other = found.incoming.step(0, 1), found.outgoing.step(0, 1)
+        return StepWork.of(Round(distance, one, found.target, other))
 
-    def step_out(distance: int) -> Step:
-        return message_steps(schedule, (rank + distance) % ranks, rank, 1)[0]
-
-    incoming, outgoing = _by_distance(step, ranks), _by_distance(step_out, ranks)
-    direct = []
-    for distance, (one, other) in enumerate(zip(incoming, outgoing, strict=True), start=1):
-        if one.rows or other.rows:
-            peers = (rank - distance) % ranks, (rank + distance) % ranks
-            rows = row_count(one.rows), row_count(other.rows)
-            direct.append(StepWork(*peers, *rows, one.tiles, one.summed, other.summed))
+    steps = _by_distance(step, ranks)
+    direct = tuple(
+        found._replace(source=(rank - distance) % ranks, target=(rank + distance) % ranks)
+        for distance, found in enumerate(steps, start=1)
+        if found.rows_in or found.rows_out
+    )
     local = tuple(schedule.tiles(rank, (rank,)))
-    ring = _ring_steps(call, rank, [one.tiles for one in incoming])
-    return RankWork(rank, local, tuple(direct)), RankWork(rank, local, ring)
+    ring = _ring_steps(call, rank, [found.tiles for found in steps])
+    return RankWork(rank, local, direct), RankWork(rank, local, ring)
 
 
 def _ring_steps(
@@ -110,11 +105,11 @@ def _ring_steps(
     )
 
 
-def _by_distance(make: Callable[[int], Step], ranks: int) -> list[Step]:
+def _by_distance(make: Callable[[int], StepWork], ranks: int) -> list[StepWork]:
     """`make` of the distances 1 to ranks - 1."""
-    steps: dict[int, Step] = {}
+    steps: dict[int, StepWork] = {}
 
-    def at(distance: int) -> Step:
+    def at(distance: int) -> StepWork:
         if distance not in steps:
             steps[distance] = make(distance)
         return steps[distance]
@@ -130,12 +125,14 @@ def _by_distance(make: Callable[[int], Step], ranks: int) -> list[Step]:
     return [at(distance) for distance in range(1, ranks)]
 
 
-def _alike(one: Step, other: Step) -> bool:
+def _alike(one: StepWork, other: StepWork) -> bool:
     """Whether two steps take as long, to one in a thousand."""
-    if len(one.tiles) != len(other.tiles) or one.summed != other.summed:
+    kinds = [(len(step.tiles), step.wide_in, step.wide_out) for step in (one, other)]
+    if kinds[0] != kinds[1]:
         return False
     figures = [
-        (sum(tile.pairs() for tile in step.tiles), row_count(step.rows)) for step in (one, other)
+        (sum(tile.pairs() for tile in step.tiles), step.rows_in, step.rows_out)
+        for step in (one, other)
     ]
     return all(abs(a - b) <= max(a, b) / 1000 for a, b in zip(*figures, strict=True))
 

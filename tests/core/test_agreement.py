@@ -353,7 +353,10 @@ def lonely_plans(ranks: list[int]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("init", "group_seconds"), [("file", 6.0), ("tcp", 2.0)])
+@pytest.mark.parametrize(
+    ("init", "group_seconds"),
+    [pytest.param("file", 6.0, marks=pytest.mark.full), ("tcp", 2.0)],
+)
 def test_nobody_waits_long_for_ranks_that_do_not_come(init, group_seconds):
     outcomes = run_fresh(3, lonely_plans, init=init, timeout_seconds=group_seconds)
     assert [outcome.kind for outcome in outcomes] == ["result"] * 3, outcomes

@@ -45,7 +45,8 @@ class InOneProcess:
 
 
 def shards_of(tokens: list[list[int]], x: Tensor, dim: int = 1) -> list[Tensor]:
-    return [x.index_select(dim, torch.tensor(t, dtype=torch.int64)) for t in tokens]
+    index = (torch.tensor(t, dtype=torch.int64, device=x.device) for t in tokens)
+    return [x.index_select(dim, rows) for rows in index]
 
 
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, kernel) -> list[list]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import nnscaler_ring
+from nnscaler_ring.core import exchange as exchange_module
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import EXCHANGES, DirectPlan, ExchangePlan
 from nnscaler_ring.core.groups import Traffic, find_place, group_state, group_string
@@ -15,6 +16,7 @@ from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
 from nnscaler_ring.core.layout import LAYOUTS
 from nnscaler_ring.core.online_softmax import accumulation_dtype
+from nnscaler_ring.core.schedule import CAUSAL, Mask, PairWork, Schedule, row_count
 from nnscaler_ring.core.scores import Scores
 from nnscaler_ring.core.transport import Transport
 from tests.cases import EXCHANGES as EXCHANGE_NAMES
@@ -315,7 +317,7 @@ def test_small_messages_equal_dense(pool):
         for problem in problems
     ]
     rounds = [
-        len(plan_of("direct", problem, 0, keys_per_message).backward_rounds)
+        len([*plan_of("direct", problem, 0, keys_per_message).backward_rounds])
         for problem, _, keys_per_message, *_ in cases
     ]
     assert sum(n > 3 for n in rounds) > 20, rounds  # more rounds than there are other ranks
@@ -342,6 +344,96 @@ def test_small_messages_of_a_batch(pool, layout):
     check_plans(pool, cases)
 
 
+# Shards of very different lengths, or windows: the pairs of a distance have unlike needs.
+UNLIKE = {
+    "window": dense_problem("contiguous", "contiguous", (64, 64, 64), True, (5, -1)),
+    "uneven": dense_problem("contiguous", "contiguous", (64, 3, 40), False, (-1, -1)),
+    "uneven zigzag": dense_problem("zigzag", "zigzag", (70, 0, 9), True, (-1, -1)),
+}
+
+
+def messages_of(problem: Problem, keys: int, sender: int) -> int:
+    """Messages of K and V by the rule, restated: a power of two, an eighth of `keys` at least."""
+    count = 0
+    for rank in set(problem.ranks) - {sender}:
+        rows = len(problem.read_rows(rank, sender))
+        parts = 1
+        while 2 * parts * keys <= max(map(len, problem.k_tokens)) and 2 * parts <= -(
+            -rows // (keys // 8)
+        ):
+            parts *= 2
+        count += parts if rows else 0
+    return count
+
+
+def test_messages_follow_the_rows_that_a_pair_needs(pool):
+    """Counted on real ranks; K and V of one run travel apart, so every message counts twice."""
+    cases = [(problem, "direct", 16, 1, "torch_cpu") for problem in UNLIKE.values()]
+    check_plans(pool, cases)
+    shards = pool.run(3, run_plans, cases, timeout=60)
+    for number, problem in enumerate(UNLIKE.values()):
+        for rank in problem.ranks:
+            _, forward, backward = shards[rank][number]
+            kv = 2 * messages_of(problem, 32, rank)
+            assert forward.messages == kv, problem.what
+            homebound = [
+                2 * (row_count(x.incoming.rows) > 0)
+                for x in DirectPlan(problem.schedule, rank, 32, 16).backward_rounds
+            ]
+            kv = 2 * messages_of(problem, 16, rank)
+            assert backward.messages == kv + sum(homebound), problem.what
+
+
+@pytest.mark.parametrize(("keys", "left"), [(8192, 511), (2048, 511), (2048, 5), (2048, 60_000)])
+def test_a_window_over_long_shards_is_not_cut_into_crumbs(keys, left):
+    """It used to travel in as many messages as the whole shard would: 512 here."""
+    tokens = 1 << 20
+    layout = LAYOUTS["contiguous"].for_shards((tokens,) * 3)
+    schedule = Schedule(layout, layout, Mask(left, 0))
+    rounds = DirectPlan(schedule, 1, keys, keys).forward_rounds
+    lengths = [row_count(x.incoming.rows) for x in rounds if x.incoming.rows]
+    assert sum(lengths) == left
+    assert len(lengths) == max(1, 2 ** ((-(-left // (keys // 8))).bit_length() - 1))
+    assert max(lengths) <= keys, "no longer than the messages of a whole shard"
+
+
+def test_many_messages_are_made_when_they_are_asked_for(monkeypatch):
+    """The same ones, and again in the next pass."""
+    for problem in [*UNLIKE.values(), *random_problems(3, 50)]:
+        for rank in problem.ranks:
+            kept = [*DirectPlan(problem.schedule, rank, 6, 3).backward_rounds]
+            with monkeypatch.context() as patch:
+                patch.setattr(exchange_module, "KEPT_ROUNDS", -1)
+                made = DirectPlan(problem.schedule, rank, 6, 3).backward_rounds
+            for _ in range(2):
+                assert [*made] == kept, problem.what
+
+
+def test_a_plan_does_not_grow_with_the_tokens(monkeypatch):
+    """1e9 tokens on 64 ranks travel in 10^5 messages; a plan makes none of them."""
+    cut = []
+    step = PairWork.step
+    monkeypatch.setattr(PairWork, "step", lambda *x: cut.append(x) or step(*x))
+    layout = LAYOUTS["zigzag"].for_shards((10**9 // 64 // 2 * 2,) * 64)
+    rounds = DirectPlan(Schedule(layout, layout, CAUSAL), 5).backward_rounds
+    assert not cut
+    first = next(iter(rounds))
+    assert row_count(first.incoming.rows) <= 2 * 2048
+    assert len(cut) == 2
+
+
+def test_halves_and_wholes_stay_in_step():
+    """Zigzag: every message of a step means the same work on all ranks."""
+    layout = LAYOUTS["zigzag"].for_shards((1 << 16,) * 4)
+    schedule = Schedule(layout, layout, CAUSAL)
+    work = {
+        sum(tile.pairs() for tile in round_.incoming.tiles)
+        for rank in range(4)
+        for round_ in DirectPlan(schedule, rank).backward_rounds
+    }
+    assert len(work) == 1, work
+
+
 @pytest.mark.parametrize("exchange", EXCHANGE_NAMES)
 def test_plans_of_both_sides_fit(exchange):
     """All ranks together send as many rows as they take; gradients go the other way."""
@@ -366,7 +458,7 @@ def test_a_step_is_a_permutation_of_the_ranks():
     problem = dense_problem("zigzag", "zigzag", (8,) * 5, False, (-1, -1))
     plans = [DirectPlan(problem.schedule, rank) for rank in problem.ranks]
     for n in range(4):
-        rounds = [plan.backward_rounds[n] for plan in plans]
+        rounds = [[*plan.backward_rounds][n] for plan in plans]
         assert sorted(x.target for x in rounds) == list(problem.ranks)
         assert sorted(x.incoming.source for x in rounds) == list(problem.ranks)
         for rank, mine in enumerate(rounds):

@@ -188,7 +188,7 @@ def groups_of_four(ranks: list[int], seconds: float, again: str) -> dict[str, At
     return found
 
 
-@pytest.mark.parametrize("init", ["file", "tcp"])
+@pytest.mark.parametrize("init", [pytest.param("file", marks=pytest.mark.full), "tcp"])
 def test_groups_of_all_kinds(init, tmp_path):
     again = f"file://{tmp_path}/store"
     outcomes = run_fresh(4, groups_of_four, 23.0, again, init=init, timeout_seconds=23.0)
@@ -243,7 +243,9 @@ def different_members(ranks: list[int], seconds: float | None) -> dict[str, Atte
     return found
 
 
-@pytest.mark.parametrize(("init", "seconds"), [("file", None), ("tcp", 1.5)])
+@pytest.mark.parametrize(
+    ("init", "seconds"), [pytest.param("file", None, marks=pytest.mark.full), ("tcp", 1.5)]
+)
 def test_ranks_that_pass_different_groups_are_told_who_asked_for_what(init, seconds):
     outcomes = run_fresh(3, different_members, seconds, init=init, timeout_seconds=10.0)
     assert [outcome.kind for outcome in outcomes] == ["result"] * 3, [

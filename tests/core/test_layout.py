@@ -155,7 +155,8 @@ def test_planning_needs_no_torch(module):
         assert not third, third
         if {module!r} == "schedule":
             from nnscaler_ring.core.layout import Zigzag
-            from nnscaler_ring.core.schedule import CAUSAL, Schedule, message_steps
-            assert message_steps(Schedule(Zigzag(64, 4), Zigzag(64, 4), CAUSAL), 1, 0, 1)[0].tiles
+            from nnscaler_ring.core.schedule import CAUSAL, PairWork, Schedule
+            schedule = Schedule(Zigzag(64, 4), Zigzag(64, 4), CAUSAL)
+            assert PairWork.of(schedule, 1, 0).step(0, 1).tiles
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=60)

@@ -99,6 +99,31 @@ def test_whole_shards_are_never_longer_than_their_tokens(exchange):
             assert offered <= min(used, tokens), rows
 
 
+def test_runs_are_offered_where_any_rank_reads_them():
+    """Asked of every rank here; the schedule asks one of all that read the same."""
+    offering = 0
+    for rows, causal in random_patterns(12, 300):
+        schedule = OfferedRows(rows, CAUSAL if causal else FULL, "direct")
+        ranks = range(len(rows.token_lens))
+        for source in ranks:
+            wanted = any(schedule.in_runs(rank, source) for rank in ranks)
+            used = len(rows.strips(source))
+            assert (len(schedule.offered[source]) > used) is wanted, (rows, causal, source)
+            offering += wanted
+    assert offering > 100
+
+
+def test_planning_does_not_ask_every_pair_of_ranks(monkeypatch):
+    """Two branches as long as the sequence: every rank reads every other's rows."""
+    asked = []
+    needed = OfferedRows.needed_rows
+    monkeypatch.setattr(OfferedRows, "needed_rows", lambda *x: asked.append(x) or needed(*x))
+    tokens = 64 * 1024
+    rows = SpanningSegments((1024,) * 64, (Branch(tokens, 4), Branch(tokens, 16)), (1, 1))
+    DirectPlan(OfferedRows(rows, CAUSAL, "direct"), 40)
+    assert len(asked) < 64 * 10, len(asked)
+
+
 def test_a_pair_travels_as_used_rows_or_runs_whichever_are_fewer():
     for rows, causal in random_patterns(10, 300):
         schedule = OfferedRows(rows, CAUSAL if causal else FULL, "direct")

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nnscaler_ring import wrap_ring_attn_func, wrap_ring_attn_varlen_func, wrap_zigzag_attn_func
 from nnscaler_ring.core.groups import group_string
 from nnscaler_ring.core.layout import LAYOUTS
-from nnscaler_ring.core.ops import Extras, Options
+from nnscaler_ring.core.options import Extras, Options
 from nnscaler_ring.core.tile import UNBOUNDED
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
 from tests.oracle import make_dout, make_qkv

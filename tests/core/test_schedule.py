@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -25,13 +26,13 @@ from nnscaler_ring.core.schedule import (
     CAUSAL,
     FULL,
     Mask,
+    PairWork,
     Rows,
     Schedule,
     cut_rows,
-    message_steps,
     row_count,
 )
-from nnscaler_ring.core.tile import Tile
+from nnscaler_ring.core.tile import UNBOUNDED, KernelCall, Tile, batched, trim
 from tests.core.test_layout import TOKENS
 from tests.core.test_tile import assert_trimmed
 from tests.oracle import random_cu_seqlens, visible
@@ -150,6 +151,66 @@ def paint(tiles: Iterable[Tile], rows: int, keys: int) -> Tensor:
     return painted
 
 
+def paint_calls(calls: Iterable[KernelCall], rows: int, keys: int) -> Tensor:
+    """The same for what a kernel is called with; segments by the definition of their window."""
+    painted = torch.zeros(rows, keys, dtype=torch.int32)
+    for call in calls:
+        if call.segments is None:
+            painted += paint(call.tiles, rows, keys)
+            continue
+        box = painted[call.q, call.k]
+        assert all(bounds[0] == 0 for bounds in call.segments)
+        assert box.shape == tuple(bounds[-1] for bounds in call.segments), call
+        for (q0, q1), (k0, k1) in zip(*map(pairwise, call.segments), strict=True):
+            box[q0:q1, k0:k1] += visible(q1 - q0, k1 - k0, window_size=call.window())
+    return painted
+
+
+def check_batches(tiles: Sequence[Tile], rows: int, keys: int) -> int:
+    """Batches hold the pairs of the tiles; how many tiles share a call."""
+    calls = batched(tuple(tiles))
+    assert torch.equal(paint_calls(calls, rows, keys), paint(tiles, rows, keys)), (tiles, calls)
+    return len(tiles) - len(calls)
+
+
+def test_batches_hold_the_pairs_of_their_tiles():
+    saved = 0
+    for problem in random_problems(12, 150, longest=12):
+        for rank, tokens in enumerate(problem.q_tokens):
+            tiles = problem.schedule.tiles(rank, list(problem.ranks))
+            saved += check_batches(tiles, len(tokens), sum(map(len, problem.k_tokens)))
+    assert saved > 100
+
+
+def test_batches_of_tiles_along_a_diagonal():
+    """Tiles of any shape and band, with and without gaps in rows or keys."""
+    rng = random.Random(13)
+    saved = 0
+    for _ in range(200):
+        tiles, row, key = [], 0, 0
+        for _ in range(rng.randint(1, 6)):
+            row, key = (x + rng.choice((0, 0, 1, 3)) for x in (row, key))
+            nq, nk = rng.randint(1, 5), rng.randint(1, 5)
+            left, right = rng.choice(((-1, -1), (-1, 0), (2, 0), (2, -1), (1, 1)))
+            lo = -UNBOUNDED if left < 0 else key + nk - row - nq - left
+            hi = UNBOUNDED if right < 0 else key + nk - row - nq + right
+            if tile := trim(Tile(row, row + nq, key, key + nk, lo, hi)):
+                tiles.append(tile)
+            row, key = row + nq, key + nk
+        if tiles:
+            saved += check_batches(tiles, row, key)
+    assert saved > 100
+
+
+def test_documents_of_any_length_are_one_call():
+    """Causal and windowed: short documents whose window cuts nothing go with the long ones."""
+    cu = (0, 1, 10, 10, 12, 30, 31)
+    for window in ((-1, -1), (4, -1), (1, -1)):
+        problem = packed_problem("contiguous", "contiguous", [31], [31], cu, cu, True, window)
+        tiles = tuple(problem.schedule.tiles(0, (0,)))
+        assert len(tiles) == 5 and len(batched(tiles)) == 1, window
+
+
 def rows_of(runs: Rows) -> list[int]:
     return [row for start, stop in runs for row in range(start, stop)]
 
@@ -200,10 +261,13 @@ def test_messages_cover_the_needed_rows_in_order_in_equal_parts(parts):
     for problem in random_problems(10 + parts, 300):
         for rank in problem.ranks:
             for source in problem.ranks:
-                steps = message_steps(problem.schedule, rank, source, parts)
+                steps = [
+                    PairWork.of(problem.schedule, rank, source).step(n, parts) for n in range(parts)
+                ]
                 needed = problem.read_rows(rank, source)
                 sizes = [row_count(step.rows) for step in steps]
-                assert len(steps) == parts
+                beyond = PairWork.of(problem.schedule, rank, source).step(parts, parts)
+                assert not beyond.rows and not beyond.tiles
                 assert [row for step in steps for row in rows_of(step.rows)] == needed, problem.what
                 assert max(sizes) - min(sizes) <= 1, (sizes, problem.what)
                 for step in steps:

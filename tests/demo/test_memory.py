@@ -37,7 +37,7 @@ def test_resident_memory(free_blocks_in_the_heap):
 
 
 def test_bytes_of_tensors(monkeypatch):
-    monkeypatch.setattr(memory, "_reset_resident_peak", lambda: False)
+    monkeypatch.setattr(memory, "reset_resident_peak", lambda: False)
     with peak_memory(torch.device("cpu")) as peak:
         allocate()
     assert peak.method.startswith("bytes of tensors")

@@ -4,14 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnscaler_ring.demo.model import (
-    Decoder,
-    ModelConfig,
-    RMSNorm,
-    rope_frequencies,
-    rope_rotation,
-    rotate,
-)
+from nnscaler_ring.demo.model import Decoder, ModelConfig
 
 TINY = ModelConfig(width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, hidden=16)
 
@@ -56,25 +49,3 @@ def test_the_loss_is_summed_over_all_tokens():
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     loss = model(inputs, positions.expand(2, 12), targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-
-
-def test_norm():
-    torch.manual_seed(0)
-    norm, x = RMSNorm(16).double(), torch.randn(2, 3, 16, dtype=torch.float64)
-    torch.nn.init.normal_(norm.weight)
-    torch.testing.assert_close(norm(x), F.rms_norm(x, (16,), norm.weight, eps=1e-6))
-
-
-def test_rope_scores_depend_on_distance_alone():
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, TINY.head_dim, dtype=torch.float64)
-    frequencies = rope_frequencies(TINY)
-
-    def turned(x, position):
-        return rotate(x, rope_rotation(torch.tensor([[position]]), frequencies, torch.float64))
-
-    def score(i, j):
-        return (turned(q, i) * turned(k, j)).sum()
-
-    torch.testing.assert_close(score(7, 3), score(100_007, 100_003), rtol=0, atol=1e-9)
-    assert (score(7, 3) - score(7, 4)).abs() > 1e-3

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from nnscaler_ring.commands import commands
@@ -95,6 +96,23 @@ def test_simulate_writes_a_report(options: tuple[str, ...], tmp_path: Path) -> N
     for picture in ("memory", "timeline", "mask"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 5000
         assert f"({picture}.png)" in report
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("script", ["exact_rows", "one_share_of_a_billion", "memory_scaling"])
+def test_a_gpu_that_is_not_there_is_refused(script: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), "--device", "cuda"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "error: " in done.stderr and "cuda" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_simulate_refuses_a_gpu_that_is_not_there() -> None:
+    result = CliRunner().invoke(commands, ["simulate", "--device", "cuda"])
+    assert result.exit_code == 2
+    assert "device must be one of ['cpu'] on this machine, got cuda" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,24 @@ test_profiler.py; the billion tokens are a demonstration (test_demonstrations.py
 """
 
 import ast
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 import nnscaler_ring.simulator
-from nnscaler_ring import wrap_ring_attn_func, wrap_zigzag_attn_func
+from benchmarks.one_device import ours, sdpa
+from nnscaler_ring import wrap_ring_attn_func
+from nnscaler_ring.core.groups import Place, Traffic
 from nnscaler_ring.core.schedule import CAUSAL, FULL
+from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
 from nnscaler_ring.simulator import (
     GeneratedInputs,
     RingAttentionMemoryProfiler,
@@ -25,9 +30,11 @@ from nnscaler_ring.simulator import (
     SimulatedCall,
     Sizes,
 )
+from nnscaler_ring.simulator.stand_in import exchange_plan
 from tests.oracle import dense_attention
 from tests.tolerances import assert_close_float64
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = Sizes(6, 2, 8, 8, "float64")
 
 
@@ -85,26 +92,68 @@ def test_problem_5_any_length_over_any_ranks(tokens: int, ranks: int) -> None:
     assert_close_float64(ours, dense, f"{tokens} tokens over {ranks} ranks")
 
 
+@pytest.mark.parametrize("exchange", ["direct", "ring"])
+def test_the_next_message_is_under_way_while_one_is_computed(exchange: str) -> None:
+    """`rotate_with_overlap`: what comes is posted before, and waited for after, the computing."""
+    schedule = simulator(60, 4, exchange).call.schedule
+    events: list[str] = []
+
+    class Noted(Transfer):
+        def wait(self) -> None:
+            events.append("wait")
+
+    class Notes(Transport):
+        def post(
+            self, kind: Kind, sends: Sequence[Message], receives: Sequence[Message]
+        ) -> Transfer:
+            if not any(message.tensor.numel() for message in (*sends, *receives)):
+                return Transfer((), ())
+            events.append("post")
+            return Noted((), ())
+
+    transport = Notes(Place(None, (0, 1, 2, 3), 1), Traffic(), "test", 0)
+    k = torch.zeros(1, 15, 2, 8)
+    for _ in exchange_plan(exchange, schedule, 1).start(transport).steps(k, k):
+        events.append("compute")
+    assert events == [*["post", "compute", "wait"] * 3, "compute"]
+
+
 @pytest.mark.slow
-def test_criterion_less_than_twice_the_time_of_sdpa_on_one_device() -> None:
-    q, k, v = (torch.randn(1, 2048, 4, 64) for _ in range(3))
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both passes"])
+def test_criterion_less_than_twice_the_time_of_sdpa_on_one_device(backward: bool) -> None:
+    """Figures are in the docs; `python benchmarks/one_device.py` measures them."""
+    tensors = [torch.randn(1, 2048, 4, 64) for _ in range(4)]
+    for x in tensors[:3]:
+        x.requires_grad_(backward)
 
-    def ours() -> object:
-        return wrap_zigzag_attn_func(q, k, v)
+    def seconds(attention: Callable[..., Tensor]) -> float:
+        start = time.process_time()
+        out = attention(*tensors[:3])
+        if backward:
+            torch.autograd.grad(out, tensors[:3], tensors[3])
+        return time.process_time() - start
 
-    def sdpa() -> object:
-        tensors = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*tensors, is_causal=True)
-
-    ratios = []
-    for _ in range(7):
-        seconds = []
-        for run in (ours, sdpa):
-            start = time.process_time()
-            run()
-            seconds.append(time.process_time() - start)
-        ratios.append(seconds[0] / seconds[1])
+    ratios = [seconds(ours) / seconds(sdpa) for _ in range(7)]
     assert statistics.median(ratios[1:]) < 2, ratios
+
+
+def test_the_table_of_the_plan_document_names_what_exists() -> None:
+    text = (ROOT / "docs" / "simulator.md").read_text()
+    table = text[text.index("## The plan document's item") :]
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    names = re.findall(r"`([^`]+)`", table)
+    found = {"tests": 0, "files": 0}
+    for name in names:
+        if name.startswith("test_"):
+            found["tests"] += 1
+            assert f"def {name}" in tests, name
+        elif re.fullmatch(r"[\w./]+\.(py|md|json)", name):
+            found["files"] += 1
+            places = (ROOT, ROOT / "nnscaler_ring")
+            assert any((place / name).exists() for place in places), name
+    assert found["tests"] >= 10 and found["files"] >= 10, found
+    for link in re.findall(r"\]\(([^)#]+)", table):
+        assert (ROOT / "docs" / link).exists(), link
 
 
 def test_criterion_simple_on_one_device_and_many() -> None:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,12 +84,35 @@ def test_equals_the_distributed_run_bit_for_bit(pool: RankPool, ranks: int, dtyp
     assert {case.exchange for case in cases} == {"direct", "ring", "all_gather"}
     shards = pool.run(ranks, distributed, cases, getattr(torch, dtype), timeout=120)
     for number, case in enumerate(cases):
-        results = simulated(case, dtype).all_ranks(backward=True)
-        for block, shard in enumerate(shards):
-            for name, real, whole in zip(NAMES, shard[number], results, strict=False):
-                real = real if case.op != "varlen" else real[None]
-                mine = whole.index_select(2 if name == "softmax_lse" else 1, rows_of(case, block))
-                assert torch.equal(real, mine), f"{name} of block {block} in {case}"
+        check_bits(case, dtype, [shard[number] for shard in shards])
+
+
+def check_bits(case: Case, dtype: str, shards: list[list[Tensor]]) -> None:
+    """The simulated results are those of the ranks' shards."""
+    results = simulated(case, dtype).all_ranks(backward=True)
+    for block, shard in enumerate(shards):
+        for name, real, whole in zip(NAMES, shard, results, strict=False):
+            real = real if case.op != "varlen" else real[None]
+            mine = whole.index_select(2 if name == "softmax_lse" else 1, rows_of(case, block))
+            assert torch.equal(real, mine), f"{name} of block {block} in {case}"
+
+
+def test_several_messages_are_the_same_bits(pool: RankPool) -> None:
+    """Shards so long that they are cut, beside short ones and windows that are cut otherwise."""
+    base = next(c for c in all_cases(1) if c.op == "ring" and c.exchange == "direct")
+    base = replace(
+        base, world_size=3, kernel="torch_cpu", heads=(2, 1), cu_seqlens_q=None, cu_seqlens_k=None
+    )
+    cases = []
+    for lens, causal, window in (
+        ((4200, 200, 4200), False, (-1, -1)),
+        ((4200, 4200, 4200), True, (300, 0)),
+    ):
+        fields = {"shard_lens": lens, "shard_lens_k": lens, "causal": causal}
+        cases.append(replace(base, window_size=window, **fields))
+    shards = pool.run(3, distributed, cases, torch.float32, timeout=120)
+    for number, case in enumerate(cases):
+        check_bits(case, "float32", [shard[number] for shard in shards])
 
 
 @pytest.mark.parametrize("exchange", ["direct", "ring", "all_gather"])

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nnscaler_ring.core.kernels import Problem
+from nnscaler_ring.core.kernels import AttentionKernel, Problem
 from nnscaler_ring.core.kernels.tile_math import TileGradients, tile_backward, tile_forward
 from nnscaler_ring.core.scores import ScoreMods
-from nnscaler_ring.core.tile import Tile
+from nnscaler_ring.core.tile import KernelCall, Segments, Tile
 
 
 class Reference:
@@ -23,7 +23,11 @@ class Reference:
             return "its CUDA matrix products promise no bitwise repeatability"
         return None
 
-    def calls(self, tiles: Sequence[Tile], *, plain: bool) -> Sequence[Tile]:
+    def prepared(self, problem: Problem) -> AttentionKernel:
+        """The same for every call."""
+        return self
+
+    def calls(self, tiles: Sequence[Tile], *, plain: bool) -> Sequence[KernelCall]:
         """Any band is one call."""
         return tiles
 
@@ -36,6 +40,7 @@ class Reference:
         softmax_scale: float,
         window: tuple[int, int],
         mods: ScoreMods | None,
+        segments: Segments | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Softmax over the visible keys, and its log-sum-exp."""
         return tile_forward(q, k, v, softmax_scale=softmax_scale, window=window, mods=mods)
@@ -53,6 +58,7 @@ class Reference:
         softmax_scale: float,
         window: tuple[int, int],
         mods: ScoreMods | None,
+        segments: Segments | None = None,
     ) -> TileGradients:
         """Gradients of this tile's share of the softmax that `softmax_lse` normalises."""
         return tile_backward(

@@ -77,7 +77,7 @@ def tile_backward(
     dq = torch.einsum("bhqk,bkhd->bqhd", dscores, k)
     dk = torch.einsum("bhqk,bqhd->bkhd", dscores, q)
     return TileGradients(
-        dq.contiguous(), _sum_groups(dk, num_kv_heads), _sum_groups(dv, num_kv_heads), dbias
+        dq.contiguous(), sum_kv_heads(dk, num_kv_heads), sum_kv_heads(dv, num_kv_heads), dbias
     )
 
 
@@ -129,11 +129,17 @@ def _dropout_factors(probabilities: Tensor, mods: ScoreMods | None) -> Tensor | 
 
 def _wide(x: Tensor, num_heads: int) -> Tensor:
     """In the accumulation dtype, each KV head repeated for the query heads that share it."""
-    x = x.to(accumulation_dtype(x.dtype))
+    return repeat_kv_heads(x.to(accumulation_dtype(x.dtype)), num_heads)
+
+
+def repeat_kv_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[b, n, h_kv, d] as [b, n, num_heads, d], for kernels without grouped heads."""
+    if x.shape[2] == num_heads:
+        return x
     return x.repeat_interleave(num_heads // x.shape[2], dim=2)
 
 
-def _sum_groups(x: Tensor, num_kv_heads: int) -> Tensor:
+def sum_kv_heads(x: Tensor, num_kv_heads: int) -> Tensor:
     """The inverse of the repetition: [b, n, h, d] summed to [b, n, h_kv, d]."""
     batch, rows, num_heads, head_dim = x.shape
     grouped = x.reshape(batch, rows, num_kv_heads, num_heads // num_kv_heads, head_dim)

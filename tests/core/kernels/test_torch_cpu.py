@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.kernels import torch_cpu
-from nnscaler_ring.core.kernels.torch_cpu import BLOCK_ROWS, TorchCpu, fused_calls
+from nnscaler_ring.core.kernels import cuts, torch_cpu
+from nnscaler_ring.core.kernels.cuts import BLOCK_ROWS, fused_calls
+from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
 from nnscaler_ring.core.tile import Tile
 from tests.core.kernels.test_reference import (
     DTYPES,
@@ -30,7 +31,7 @@ KERNEL = TorchCpu()
 @pytest.fixture(params=[2, 8])
 def small_blocks(request, monkeypatch):
     """Blocks of few rows, so that small tiles are cut too."""
-    monkeypatch.setattr(torch_cpu, "BLOCK_ROWS", request.param)
+    monkeypatch.setattr(cuts, "BLOCK_ROWS", request.param)
     fused_calls.cache_clear()
     yield request.param
     fused_calls.cache_clear()

@@ -1,0 +1,225 @@
+"""The calling form of flash-attention, which torch's CUDA kernel and flash-attn 2, 3 and 4 share.
+
+`FlashKernel` turns tiles into calls of that form once; a library is two functions that pass a call
+on. Contract (read in the sources of flash-attn 2.5 to 2.8 and torch 2.13): dense q [b, nq, h, d] or
+packed q [rows, h, d] with int32 bounds on the device; one head dim for q, k and v, a multiple of 8;
+windows and causal are bottom-right aligned, in every segment.
+
+Note [What flash-attention reads otherwise]
+    A row that sees no key has softmax_lse +inf or -inf; here it is -inf, and the backward gets
+    +inf, which makes its probabilities 0. The backward checks neither the strides nor the dtype of
+    softmax_lse. A window edge that is not below the number of keys counts as unbounded, so a right
+    edge above 0 is right only where the keys are more: other tiles are cut at the row from which
+    every key is in reach. A packed call's bounds live on the device: they are made from integers,
+    once per schedule, so that a step never waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nnscaler_ring.core.kernels import Problem
+from nnscaler_ring.core.kernels.cuts import banded_tile
+from nnscaler_ring.core.kernels.head_dims import (
+    lse_columns,
+    round_up,
+    to_head_dim,
+    with_lse_columns,
+)
+from nnscaler_ring.core.kernels.score_blocks import blocks_backward
+from nnscaler_ring.core.kernels.tile_math import TileGradients
+from nnscaler_ring.core.scores import ScoreMods
+from nnscaler_ring.core.tile import UNBOUNDED, KernelCall, Segments, Tile, batched, trim
+
+MAX_HEAD_DIM = 256
+
+
+class Packed(NamedTuple):
+    """The segments of a packed call: bounds on the device, lengths of the longest."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+@dataclass(frozen=True)
+class FlashCall:
+    """What a call says beside its tensors; -1 is unbounded; causal stands for left -1, right 0."""
+
+    softmax_scale: float
+    causal: bool
+    left: int
+    right: int
+    softcap: float
+    deterministic: bool
+    packed: Packed | None
+
+
+class FlashLibrary(Protocol):
+    """An implementation of the form."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: FlashCall) -> tuple[Tensor, Tensor]:
+        """(out, softmax_lse [b, h, nq] or packed [h, rows])."""
+        ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        call: FlashCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv), fresh, of the softmax that `softmax_lse` normalises."""
+        ...
+
+
+@dataclass(frozen=True)
+class FlashKernel:
+    """An `AttentionKernel` over a library of the form, for one kind of problem.
+
+    All tiles of a step that share a window are one call. A softcap is the library's; what else
+    changes the scores does not come here.
+    """
+
+    name: str
+    library: FlashLibrary
+    problem: Problem
+    max_head_dim: int = MAX_HEAD_DIM
+
+    def calls(self, tiles: Sequence[Tile], *, plain: bool) -> Sequence[KernelCall]:
+        """One call, or a few, for all tiles: Note [Tiles in one call] in tile.py."""
+        return batched(tuple(piece for tile in tiles for piece in _within_reach(tile)))
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        softmax_scale: float,
+        window: tuple[int, int],
+        mods: ScoreMods | None,
+        segments: Segments | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One call of the library."""
+        batch, v_head_dim = q.shape[0], v.shape[-1]
+        call = self._call(softmax_scale, window, mods, segments, batch, q.device)
+        head_dim = round_up(max(q.shape[-1], v_head_dim), 8)
+        q, k, v = (_packed(x, call) for x in to_head_dim(head_dim, q, k, v))
+        out, softmax_lse = self.library.forward(q, k, v, call)
+        if call.packed is not None:
+            out = out.unflatten(0, (batch, -1))
+            softmax_lse = softmax_lse.unflatten(1, (batch, -1)).transpose(0, 1)
+        # Note [What flash-attention reads otherwise].
+        softmax_lse = softmax_lse.masked_fill(softmax_lse == torch.inf, -torch.inf)
+        return out[..., :v_head_dim], softmax_lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        dlse: Tensor | None,
+        *,
+        softmax_scale: float,
+        window: tuple[int, int],
+        mods: ScoreMods | None,
+        segments: Segments | None = None,
+    ) -> TileGradients:
+        """One call of the library; a gradient of the lse takes columns beside v's channels."""
+        batch, dims = q.shape[0], (q.shape[-1], k.shape[-1], v.shape[-1])
+        if dlse is not None:
+            if max(dims[0], dims[2] + lse_columns(q.dtype)) > self.max_head_dim:
+                tensors = dout, q, k, v, out, softmax_lse, dlse
+                tiles = _tiles_of(q.shape[1], k.shape[1], window, segments)
+                return blocks_backward(*tensors, tiles, softmax_scale=softmax_scale, mods=mods)
+            dout, v, out = with_lse_columns(dout, v, out, dlse)
+        call = self._call(softmax_scale, window, mods, segments, batch, q.device)
+        head_dim = round_up(max(q.shape[-1], v.shape[-1]), 8)
+        dout, q, k, v, out = (_packed(x, call) for x in to_head_dim(head_dim, dout, q, k, v, out))
+        # Note [What flash-attention reads otherwise].
+        softmax_lse = softmax_lse.masked_fill(softmax_lse == -torch.inf, torch.inf)
+        if call.packed is not None:
+            softmax_lse = softmax_lse.transpose(0, 1).flatten(1)
+        gradients = self.library.backward(dout, q, k, v, out, softmax_lse.contiguous(), call)
+        if call.packed is not None:
+            gradients = tuple(x.unflatten(0, (batch, -1)) for x in gradients)
+        return TileGradients(*(x[..., :dim] for x, dim in zip(gradients, dims, strict=True)))
+
+    def _call(
+        self,
+        softmax_scale: float,
+        window: tuple[int, int],
+        mods: ScoreMods | None,
+        segments: Segments | None,
+        batch: int,
+        device: torch.device,
+    ) -> FlashCall:
+        causal = window == (-1, 0)
+        left, right = (-1, -1) if causal else window
+        return FlashCall(
+            softmax_scale,
+            causal,
+            left,
+            right,
+            0.0 if mods is None else mods.softcap,
+            self.problem.deterministic,
+            None if segments is None else _on_device(segments, batch, device),
+        )
+
+
+def _within_reach(tile: Tile) -> Iterator[Tile]:
+    """The tile as tiles whose right edge is below their number of keys, or unbounded."""
+    if tile.hi == UNBOUNDED or tile.window()[1] < tile.k1 - tile.k0:
+        yield tile
+        return
+    # Row `k1 - hi` is the first that sees up to the last key and would see more.
+    for part in (tile._replace(q1=tile.k1 - tile.hi), tile._replace(q0=tile.k1 - tile.hi)):
+        if piece := trim(part):
+            yield piece
+
+
+@lru_cache(maxsize=256)
+def _on_device(segments: Segments, batch: int, device: torch.device) -> Packed:
+    """The segments of every row of the batch, one after another."""
+    (cu_seqlens_q, max_q), (cu_seqlens_k, max_k) = (
+        (_cu_seqlens(bounds, batch, device), max(b - a for a, b in pairwise(bounds)))
+        for bounds in segments
+    )
+    return Packed(cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+
+
+def _cu_seqlens(bounds: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
+    starts = [n * bounds[-1] + start for n in range(batch) for start in bounds[:-1]]
+    return torch.tensor([*starts, batch * bounds[-1]], dtype=torch.int32, device=device)
+
+
+def _packed(x: Tensor, call: FlashCall) -> Tensor:
+    return x if call.packed is None else x.flatten(0, 1)
+
+
+def _tiles_of(
+    nq: int, nk: int, window: tuple[int, int], segments: Segments | None
+) -> Iterator[Tile]:
+    """The tiles of a call, counted from its first row and key."""
+    if segments is None:
+        segments = Segments((0, nq), (0, nk))
+    for (q0, q1), (k0, k1) in zip(*map(pairwise, segments), strict=True):
+        _, rows, _, keys, lo, hi = banded_tile(q1 - q0, k1 - k0, window)
+        moved = Tile(q0, q0 + rows, k0, k0 + keys, lo + k0 - q0, hi + k0 - q0)
+        if tile := trim(moved):
+            yield tile

@@ -1,0 +1,245 @@
+"""torch's CUDA kernels without a GPU: every call is checked against torch's own operators on the
+meta device, and computed densely in float64, so that our side of it is checked in value.
+"""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nnscaler_ring.core.engine import attention_backward, attention_forward
+from nnscaler_ring.core.kernels import (
+    Problem,
+    aten_flash,
+    flash_form,
+    torch_cuda,
+    torch_efficient,
+)
+from nnscaler_ring.core.kernels.aten_flash import AtenFlash
+from nnscaler_ring.core.kernels.flash_form import FlashKernel
+from nnscaler_ring.core.kernels.head_dims import with_lse_columns
+from nnscaler_ring.core.kernels.score_blocks import ScoreBlocks
+from nnscaler_ring.core.kernels.torch_cuda import Cudnn, TorchCuda
+from nnscaler_ring.core.kernels.torch_efficient import Efficient
+from nnscaler_ring.core.scores import Scores
+from tests.core.kernels.stand_ins import Aten
+from tests.core.kernels.test_reference import (
+    HEAD_DIMS,
+    HEADS,
+    OneDevice,
+    Shape,
+    check_shares,
+    check_tile,
+    inputs,
+    one_thread,  # noqa: F401
+    random_shapes,
+    scheduled_shapes,
+    tile_of,
+)
+from tests.core.test_engine import check as check_schedule
+from tests.core.test_schedule import packed_problem, random_problems
+from tests.oracle import dense_gradients
+from tests.tolerances import assert_close_float64
+
+PROBLEM = Problem("cuda", torch.bfloat16, 4, 2, 64, 64, compute_capability=(8, 0))
+
+
+@pytest.fixture(autouse=True)
+def aten(monkeypatch):
+    stand_in = Aten()
+    for module in (aten_flash, torch_cuda, torch_efficient):
+        monkeypatch.setattr(module, "aten", stand_in)
+    monkeypatch.setattr(torch_cuda, "CUDNN_ROWS", 4)
+    torch_cuda._has_lse_column.cache_clear()
+    yield stand_in
+    torch_cuda._has_lse_column.cache_clear()
+
+
+KERNELS = {
+    "flash": FlashKernel("torch_cuda", AtenFlash(), PROBLEM),
+    "cudnn": FlashKernel("torch_cuda", Cudnn(), PROBLEM),
+    "efficient": Efficient("torch_cuda", False),
+    "blocks": ScoreBlocks("torch_cuda"),
+}
+
+
+@pytest.fixture(params=list(KERNELS))
+def kernel(request):
+    return KERNELS[request.param]
+
+
+@pytest.mark.parametrize("dims", HEAD_DIMS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_random_tiles_equal_dense(kernel, heads, dims):
+    for shape in random_shapes(1, 12, size=12):
+        check_tile(kernel, shape, *inputs(shape, heads, dims))
+
+
+def test_tiles_of_schedules_equal_dense(kernel):
+    for shape in scheduled_shapes(2, 8):
+        check_tile(kernel, shape, *inputs(shape))
+
+
+def test_gradients_of_two_tiles_sum_to_the_gradient(kernel):
+    rng = random.Random(3)
+    for shape in random_shapes(3, 20, size=10):
+        check_shares(kernel, shape, rng.randint(0, shape.nk))
+
+
+def test_any_layout_mask_and_packing_equals_dense(kernel):
+    for seed, problem in enumerate(random_problems(31, 30)):
+        check_schedule(problem, seed, 1 + seed % 2, kernel)
+
+
+@pytest.mark.parametrize("dims", [(8, 8), (5, 3), (8, 254), (8, 256)], ids=str)
+def test_gradients_through_the_lse_equal_dense(kernel, dims):
+    """Columns beside v's channels, and where there is no room for them blocks of scores."""
+    for shape in (Shape(6, 6, (-1, 0)), Shape(5, 9, (-1, -1)), Shape(9, 7, (3, 2))):
+        q, k, v, dout = inputs(shape, (4, 2), dims)
+        dlse = torch.randn(2, 4, shape.nq, dtype=torch.float64)
+        expected = dense_gradients(
+            q, k, v, dout, dlse=dlse, softmax_scale=0.3, window_size=shape.window
+        )
+        one_device = OneDevice(tile_of(shape))
+        options = {"exchange": one_device, "kernel": kernel, "scores": Scores(0.3)}
+        out, lse = attention_forward(q, k, v, **options)
+        grads = attention_backward(dout, dlse, q, k, v, out, lse, **options)[:3]
+        for name, actual, wanted in zip(("dq", "dk", "dv"), grads, expected[2:], strict=True):
+            assert_close_float64(actual, wanted, f"{name} of {shape}, {dims}")
+
+
+@pytest.mark.parametrize("dims", [(8, 8), (8, 256)], ids=str)
+def test_gradients_through_the_lse_of_packed_documents(dims):
+    """In one call with columns, and tile by tile in blocks of scores."""
+    cu, cu_k = (0, 4, 4, 5, 11), (0, 6, 7, 8, 14)
+    problem = packed_problem("contiguous", "contiguous", [11], [14], cu, cu_k, True, (2, -1))
+    tiles = problem.schedule.tiles(0, (0,))
+    shape = Shape(11, 14, (-1, -1))
+    q, k, v, dout = inputs(shape, (4, 2), dims, batch=1)
+    dlse = torch.randn(1, 4, 11, dtype=torch.float64)
+    expected = dense_gradients(
+        q[0], k[0], v[0], dout[0], dlse=dlse[0], softmax_scale=0.3, **problem.mask
+    )
+    kernel = KERNELS["flash"]
+    assert any(call.segments for call in kernel.calls(tiles, plain=True))
+    options = {"exchange": OneDevice(*tiles), "kernel": kernel, "scores": Scores(0.3)}
+    out, lse = attention_forward(q, k, v, **options)
+    grads = attention_backward(dout, dlse, q, k, v, out, lse, **options)[:3]
+    for name, actual, wanted in zip(("dq", "dk", "dv"), grads, expected[2:], strict=True):
+        assert_close_float64(actual[0], wanted, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_columns_of_half_precision_carry_twice_its_digits(dtype):
+    dlse = torch.randn(1, 2, 50)
+    dout, v, out = (
+        torch.zeros(1, 50, 2, 3, dtype=dtype),
+        *[torch.ones(1, 50, 1, 3, dtype=dtype)] * 2,
+    )
+    dout, v, out = with_lse_columns(dout, v, out, dlse)
+    carried = (dout.float() @ v[0, 0, 0].float()).transpose(1, 2)
+    assert bool(((carried - dlse).abs() <= dlse.abs() * torch.finfo(dtype).eps ** 2 + 1e-7).all())
+    assert not out[..., 3:].any()
+
+
+def test_the_library_gets_a_contiguous_lse():
+    """The accumulators of a merge have rows before heads in memory."""
+    shape = Shape(6, 6, (-1, 0))
+    q, k, v, dout = inputs(shape, (4, 2))
+    options = {"softmax_scale": 0.3, "window": shape.window, "mods": None}
+    for kernel in (KERNELS["flash"], KERNELS["efficient"]):
+        out, lse = kernel.forward(q, k, v, **options)
+        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+        kernel.backward(dout, q, k, v, out, lse, None, **options)  # the stand-in refuses others
+
+
+def test_packed_documents_are_one_call(aten):
+    """64 documents, one rank: one forward and one backward call."""
+    cu = tuple(range(0, 64 * 3 + 1, 3))
+    problem = packed_problem("contiguous", "contiguous", [192], [192], cu, cu, True, (-1, -1))
+    check_schedule(problem, 0, 1, KERNELS["cudnn"])
+    assert aten.calls == ["_flash_attention_forward", "_flash_attention_backward"]
+
+
+def test_bounds_are_made_once_per_schedule():
+    flash_form._on_device.cache_clear()
+    cu = (0, 3, 9, 10)
+    problem = packed_problem("contiguous", "contiguous", [10], [10], cu, cu, True, (-1, -1))
+    for seed in range(3):
+        check_schedule(problem, seed, 1, KERNELS["flash"])
+    assert flash_form._on_device.cache_info()[:2] == (5, 1)  # hits, misses
+
+
+def test_cudnn_takes_dense_tiles_without_a_window(aten):
+    for shape, used in (
+        (Shape(8, 8, (-1, 0)), True),
+        (Shape(8, 12, (-1, -1)), True),
+        (Shape(8, 12, (-1, 0)), False),
+        (Shape(8, 8, (3, 0)), False),
+        (Shape(3, 8, (-1, -1)), False),
+    ):
+        aten.calls.clear()
+        check_tile(KERNELS["cudnn"], shape, *inputs(shape))
+        assert all(("cudnn" in name) == used for name in aten.calls), (shape, aten.calls)
+
+
+@pytest.mark.parametrize("column", [True, False])
+def test_cudnn_gets_the_lse_as_it_gave_it(aten, column):
+    """With a last dim of 1 or without: the schema does not say, and torch has changed it."""
+    aten.cudnn_lse_column = column
+    shape = Shape(8, 8, (-1, 0))
+    check_tile(KERNELS["cudnn"], shape, *inputs(shape, (4, 2), (16, 16)))
+
+
+def test_deterministic_switches_torch_for_the_call_alone(aten):
+    shape = Shape(6, 6, (-1, 0))
+    for deterministic in (True, False):
+        problem = replace(PROBLEM, deterministic=deterministic)
+        check_tile(FlashKernel("torch_cuda", AtenFlash(), problem), shape, *inputs(shape))
+        assert aten.deterministic == deterministic
+        assert not torch.are_deterministic_algorithms_enabled()
+        check_tile(Efficient("torch_cuda", deterministic), shape, *inputs(shape))
+        assert aten.splits == (1 if deterministic else None)
+
+
+def prepared(**changes):
+    problem = replace(PROBLEM, **changes)
+    assert TorchCuda().supports(problem) is None
+    return TorchCuda().prepared(problem)
+
+
+def test_which_kernel_of_torch_computes_what():
+    assert isinstance(prepared().library, AtenFlash)
+    assert isinstance(prepared(compute_capability=(9, 0)).library, Cudnn)
+    for changes in ({"head_dim": 192}, {"deterministic": True}):
+        assert isinstance(prepared(compute_capability=(9, 0), **changes).library, AtenFlash)
+    for changes in (
+        {"dtype": torch.float32},
+        {"dtype": torch.float16, "compute_capability": (7, 5)},
+        {"dtype": torch.float16, "head_dim": 512},
+        {"dtype": torch.float16, "head_dim": 256, "compute_capability": (8, 9)},
+    ):
+        assert isinstance(prepared(**changes), Efficient), changes
+    for changes in (
+        {"dtype": torch.float64},
+        {"compute_capability": (7, 5)},
+        {"softcap": True},
+        {"alibi": True},
+        {"bias": True},
+        {"dropout": True},
+    ):
+        assert isinstance(prepared(**changes), ScoreBlocks), changes
+
+
+def refusal(**changes):
+    return TorchCuda().supports(replace(PROBLEM, **changes))
+
+
+def test_what_it_refuses():
+    assert "the tensors are on cpu" in refusal(device_type="cpu")
+    assert "not in torch.float8_e5m2" in refusal(dtype=torch.float8_e5m2)
+    for changes in ({"dtype": torch.float64}, {"bias": True}, {"dropout": True}):
+        assert "no bitwise repeatability" in refusal(deterministic=True, **changes)
+    assert refusal(deterministic=True) is None
+    assert refusal(deterministic=True, dtype=torch.float32) is None
