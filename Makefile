@@ -11,6 +11,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 INSTALL := $(PIP) install --progress-bar off -c constraints.txt
 PYTEST := $(if $(NNSCALER),NNSCALER_REQUIRED=1) $(BIN)/python -m pytest
+TWO_WORKERS := -n 2 --dist loadfile
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
 
 .PHONY: help
@@ -50,11 +51,11 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 
 .PHONY: test
 test: lint nnscaler ## lint, then every test that is not marked full; NNSCALER=<wheel> adds nnScaler
-	$(PYTEST) -m 'not full'
+	$(PYTEST) $(TWO_WORKERS) -m 'not full'
 
 .PHONY: test-all
 test-all: lint nnscaler ## lint, then every test
-	$(PYTEST)
+	$(PYTEST) $(TWO_WORKERS)
 
 .PHONY: test-cuda
 test-cuda: $(STAMP) ## the tests that need a CUDA device; docs/gpu.md

@@ -27,8 +27,12 @@ DEMO = [*CLI, "matplotlib>=3.8"]
 BENCH = [*CLI, "ring-attention-pytorch>=0.5.20"]
 # For examples/energy_forecasting: HTTP, and the time zones that a slim system lacks.
 ENERGY = [*DEMO, "requests>=2.32", "tzdata"]
-# triton: the fused merge, interpreted where there is no GPU; it is made for Linux alone.
-TEST = [*ENERGY, "hypothesis>=6.100", "pytest>=8", "triton>=3; platform_system == 'Linux'"]
+# pytest-xdist: two workers, as tests with ranks wait more than they compute. triton: the fused
+# merge, interpreted where there is no GPU; it is made for Linux alone.
+TEST = [
+    *(*ENERGY, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6"),
+    "triton>=3; platform_system == 'Linux'",
+]
 LINT = ["mypy>=1.11", "ruff>=0.12"]
 
 setup(
