@@ -154,10 +154,11 @@ def _rows_in_messages(exchange: ExchangePlan, *, backward: bool) -> int:
     if isinstance(exchange, OfferedRowsPlan):
         exchange = exchange.exchange
     if isinstance(exchange, DirectPlan):
-        rounds = exchange.backward_rounds if backward else exchange.forward_rounds
-        coming = [row_count(round_.incoming.rows) for round_ in rounds]
-        going = [row_count(round_.outgoing.rows) for round_ in rounds]
-        return 2 * max(coming, default=0) + max(going, default=0)
+        coming = going = 0
+        for round_ in exchange.backward_rounds if backward else exchange.forward_rounds:
+            coming = max(coming, row_count(round_.incoming.rows))
+            going = max(going, row_count(round_.outgoing.rows))
+        return 2 * coming + going
     if isinstance(exchange, RingPlan):
         return 3 * max(exchange.k_lens) if len(exchange.k_lens) > 1 else 0
     assert isinstance(exchange, AllGatherPlan), exchange
