@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +26,16 @@ from examples.energy_forecasting.evaluation import (
     forecast_on_rank,
     score,
 )
+from examples.energy_forecasting.provenance import code, provenance, this_command
 from examples.energy_forecasting.series import RESOLUTIONS, HourlySeries
 from examples.energy_forecasting.sources.csv_file import read_columns, read_csv
 from examples.energy_forecasting.splits import split
 from examples.energy_forecasting.training import Checkpoint
 from examples.energy_forecasting.training import train as train_on_rank
 from nnscaler_ring.launch import RankError, run_ranks
-from nnscaler_ring.machine import device_name, package_versions
 
 HERE = Path(__file__).parent
 EXCERPT_CSV = HERE / "data" / "us48_2024_excerpt.csv"
-RUGGLES = (
-    "EIA Form EIA-930, cleaned by Ruggles et al., Sci Data 7, 155 (2020), "
-    "doi:10.1038/s41597-020-0483-x; v1.4, doi:10.5281/zenodo.3517196; CC BY 4.0"
-)
-ATTRIBUTION = {
-    EXCERPT_CSV.name: RUGGLES,
-    "eia930_CONUS_2020_2024.csv": RUGGLES,
-    "eia930_CISO_2015_2020.csv": RUGGLES,
-}
 OUT = Path("energy")
 console = Console(soft_wrap=True)
 
@@ -244,7 +232,7 @@ def train(
                 config,
                 checkpoint,
                 60 * max_minutes,
-                this_command(),
+                {"command": this_command(), "code": code()},
                 on_report=show,
                 timeout_seconds=600,
             )[0]
@@ -298,7 +286,7 @@ def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
             "anomalous_hours": len(found),
             "anomalies": found[:50],
             "training": {
-                "command": saved.command,
+                **saved.began_by,
                 "ranks": saved.ranks,
                 "steps": saved.step,
                 "seconds": round(saved.seconds, 1),
@@ -313,23 +301,6 @@ def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
         write_whole(out / "report.html", write_html(results, test, found, config))
     show_scores(results["horizons"])
     console.print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
-
-
-def provenance(series: HourlySeries) -> dict[str, Any]:
-    """What a number needs beside it."""
-    return {
-        "command": this_command(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device_name("cpu"),
-        "versions": package_versions() | {"numpy": np.__version__},
-        "data": asdict(series.quality)
-        | {"source": series.source, "attribution": ATTRIBUTION.get(series.source)},
-    }
-
-
-def this_command() -> str:
-    """The command line, as one can type it again."""
-    return shlex.join(["python", "-m", "examples.energy_forecasting", *sys.argv[1:]])
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -412,7 +383,8 @@ def forecast(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
             [range(origin, origin + 1)],
             timeout_seconds=600,
         )
-        (quantiles,) = [x for found in by_rank for x in found[0].values()]
+        (fitted,) = [x for found in by_rank for x in found[0].values()]
+        quantiles = saved.calibrate(fitted)
         start = series.start + origin * np.timedelta64(1, "h")
         names = [f"quantile_{level:g}" for level in config.model.quantiles]
         columns = {name: quantiles[:, n] for n, name in enumerate(names)}
