@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import click
 import numpy as np
@@ -240,8 +241,23 @@ def train(
     console.print(f"{checkpoint}: step {saved.step} of {config.steps} ({done})", highlight=False)
 
 
+def load_trained(checkpoint: Path) -> Checkpoint:
+    """Raises ValueError where there is nothing to forecast with."""
+    if not checkpoint.exists():
+        raise ValueError(f"{checkpoint} does not exist; run train first, or name a --checkpoint.")
+    saved = Checkpoint.load(checkpoint)
+    saved.check_validated()
+    return saved
+
+
 def check_config(config: Config) -> None:
     """What a command line can get wrong."""
+    try:
+        ZoneInfo(config.time_zone)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(
+            f"--clocks must be an IANA name such as 'America/New_York', got {config.time_zone!r}."
+        ) from None
     if config.context < config.recent:
         raise ValueError(f"--context must be at least {config.recent}, got {config.context}.")
     if config.steps < 1:
@@ -259,7 +275,7 @@ def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
         from examples.energy_forecasting.report import write_html
 
         series = load(**given)
-        saved = Checkpoint.load(checkpoint)
+        saved = load_trained(checkpoint)
         config = config_from(saved.config)
         parts = split(series, config)
         origins = [parts.validation, parts.test]
@@ -303,11 +319,14 @@ def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
     console.print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """All or nothing."""
     beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def show_scores(scores: dict[str, Any]) -> None:
@@ -343,7 +362,7 @@ def compare(context: int, steps: int, out: Path, **given: Any) -> None:
         results["provenance"] = provenance(series)
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "ranks.json", json.dumps(results, indent=1) + "\n")
-        (out / "memory.png").write_bytes(png(memory_figure(results["memory"])))
+        write_whole(out / "memory.png", png(memory_figure(results["memory"])))
     table = Table("ranks", "loss, relative", "in float64", "forecast, MW", "MiB, busiest rank")
     for same, memory in zip(results["same"], results["memory"]["by_ranks"], strict=True):
         table.add_row(
@@ -368,7 +387,7 @@ def forecast(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
         from examples.energy_forecasting.plots import forecast_figure, png
 
         series = load(**given)
-        saved = Checkpoint.load(checkpoint)
+        saved = load_trained(checkpoint)
         config = config_from(saved.config)
         days = (series.start + np.array([len(series)]) * np.timedelta64(1, "h")).astype(
             "datetime64[D]"
@@ -389,10 +408,10 @@ def forecast(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
         names = [f"quantile_{level:g}" for level in config.model.quantiles]
         columns = {name: quantiles[:, n] for n, name in enumerate(names)}
         times = start + np.arange(len(quantiles)) * np.timedelta64(1, "h")
-        HourlySeries.from_rows(times, columns, "forecast").write_csv(out / "forecast.csv")
         known = series.target[max(0, origin - 168) : origin]
         image = png(forecast_figure(start, quantiles, config, past=known))
-        (out / "forecast.png").write_bytes(image)
+        HourlySeries.from_rows(times, columns, "forecast").write_csv(out / "forecast.csv")
+        write_whole(out / "forecast.png", image)
     console.print(f"forecast from {start} UTC: wrote {out / 'forecast.csv'} and forecast.png")
 
 

@@ -71,14 +71,18 @@ class Checkpoint:
         """Quantiles of the best weights, [..., longest, quantiles], with calibrated bands.
 
         Raises:
-            ValueError: training stopped before its first validation.
+            ValueError: as `check_validated`.
         """
+        self.check_validated()
+        return calibrate(quantiles, self.widenings, config_from(self.config))
+
+    def check_validated(self) -> None:
+        """Raises ValueError where training stopped before its first validation."""
         if not self.widenings:
             raise ValueError(
                 f"bands are calibrated at a validation, and this checkpoint of step {self.step} "
                 "has seen none; go on training with the same command, without --max-minutes."
             )
-        return calibrate(quantiles, self.widenings, config_from(self.config))
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
@@ -88,7 +92,10 @@ class Checkpoint:
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise ValueError(f"{path} must be a checkpoint of this example: {error}") from None
+            raise ValueError(
+                f"{path} must be a checkpoint of this version of the example; train again, with "
+                f"another --checkpoint. ({str(error).splitlines()[0]})"
+            ) from None
 
 
 def train(
