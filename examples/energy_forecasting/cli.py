@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import click
 import numpy as np
@@ -29,25 +27,16 @@ from examples.energy_forecasting.evaluation import (
     forecast_on_rank,
     score,
 )
+from examples.energy_forecasting.provenance import code, provenance, this_command
 from examples.energy_forecasting.series import RESOLUTIONS, HourlySeries
 from examples.energy_forecasting.sources.csv_file import read_columns, read_csv
 from examples.energy_forecasting.splits import split
 from examples.energy_forecasting.training import Checkpoint
 from examples.energy_forecasting.training import train as train_on_rank
 from nnscaler_ring.launch import RankError, run_ranks
-from nnscaler_ring.machine import device_name, package_versions
 
 HERE = Path(__file__).parent
 EXCERPT_CSV = HERE / "data" / "us48_2024_excerpt.csv"
-RUGGLES = (
-    "EIA Form EIA-930, cleaned by Ruggles et al., Sci Data 7, 155 (2020), "
-    "doi:10.1038/s41597-020-0483-x; v1.4, doi:10.5281/zenodo.3517196; CC BY 4.0"
-)
-ATTRIBUTION = {
-    EXCERPT_CSV.name: RUGGLES,
-    "eia930_CONUS_2020_2024.csv": RUGGLES,
-    "eia930_CISO_2015_2020.csv": RUGGLES,
-}
 OUT = Path("energy")
 console = Console(soft_wrap=True)
 
@@ -244,7 +233,7 @@ def train(
                 config,
                 checkpoint,
                 60 * max_minutes,
-                this_command(),
+                {"command": this_command(), "code": code()},
                 on_report=show,
                 timeout_seconds=600,
             )[0]
@@ -252,8 +241,23 @@ def train(
     console.print(f"{checkpoint}: step {saved.step} of {config.steps} ({done})", highlight=False)
 
 
+def load_trained(checkpoint: Path) -> Checkpoint:
+    """Raises ValueError where there is nothing to forecast with."""
+    if not checkpoint.exists():
+        raise ValueError(f"{checkpoint} does not exist; run train first, or name a --checkpoint.")
+    saved = Checkpoint.load(checkpoint)
+    saved.check_validated()
+    return saved
+
+
 def check_config(config: Config) -> None:
     """What a command line can get wrong."""
+    try:
+        ZoneInfo(config.time_zone)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(
+            f"--clocks must be an IANA name such as 'America/New_York', got {config.time_zone!r}."
+        ) from None
     if config.context < config.recent:
         raise ValueError(f"--context must be at least {config.recent}, got {config.context}.")
     if config.steps < 1:
@@ -271,7 +275,7 @@ def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
         from examples.energy_forecasting.report import write_html
 
         series = load(**given)
-        saved = Checkpoint.load(checkpoint)
+        saved = load_trained(checkpoint)
         config = config_from(saved.config)
         parts = split(series, config)
         origins = [parts.validation, parts.test]
@@ -298,7 +302,7 @@ def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
             "anomalous_hours": len(found),
             "anomalies": found[:50],
             "training": {
-                "command": saved.command,
+                **saved.began_by,
                 "ranks": saved.ranks,
                 "steps": saved.step,
                 "seconds": round(saved.seconds, 1),
@@ -315,28 +319,14 @@ def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
     console.print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
 
 
-def provenance(series: HourlySeries) -> dict[str, Any]:
-    """What a number needs beside it."""
-    return {
-        "command": this_command(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device_name("cpu"),
-        "versions": package_versions() | {"numpy": np.__version__},
-        "data": asdict(series.quality)
-        | {"source": series.source, "attribution": ATTRIBUTION.get(series.source)},
-    }
-
-
-def this_command() -> str:
-    """The command line, as one can type it again."""
-    return shlex.join(["python", "-m", "examples.energy_forecasting", *sys.argv[1:]])
-
-
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """All or nothing."""
     beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def show_scores(scores: dict[str, Any]) -> None:
@@ -372,7 +362,7 @@ def compare(context: int, steps: int, out: Path, **given: Any) -> None:
         results["provenance"] = provenance(series)
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "ranks.json", json.dumps(results, indent=1) + "\n")
-        (out / "memory.png").write_bytes(png(memory_figure(results["memory"])))
+        write_whole(out / "memory.png", png(memory_figure(results["memory"])))
     table = Table("ranks", "loss, relative", "in float64", "forecast, MW", "MiB, busiest rank")
     for same, memory in zip(results["same"], results["memory"]["by_ranks"], strict=True):
         table.add_row(
@@ -397,7 +387,7 @@ def forecast(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
         from examples.energy_forecasting.plots import forecast_figure, png
 
         series = load(**given)
-        saved = Checkpoint.load(checkpoint)
+        saved = load_trained(checkpoint)
         config = config_from(saved.config)
         days = (series.start + np.array([len(series)]) * np.timedelta64(1, "h")).astype(
             "datetime64[D]"
@@ -412,15 +402,16 @@ def forecast(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
             [range(origin, origin + 1)],
             timeout_seconds=600,
         )
-        (quantiles,) = [x for found in by_rank for x in found[0].values()]
+        (fitted,) = [x for found in by_rank for x in found[0].values()]
+        quantiles = saved.calibrate(fitted)
         start = series.start + origin * np.timedelta64(1, "h")
         names = [f"quantile_{level:g}" for level in config.model.quantiles]
         columns = {name: quantiles[:, n] for n, name in enumerate(names)}
         times = start + np.arange(len(quantiles)) * np.timedelta64(1, "h")
-        HourlySeries.from_rows(times, columns, "forecast").write_csv(out / "forecast.csv")
         known = series.target[max(0, origin - 168) : origin]
         image = png(forecast_figure(start, quantiles, config, past=known))
-        (out / "forecast.png").write_bytes(image)
+        HourlySeries.from_rows(times, columns, "forecast").write_csv(out / "forecast.csv")
+        write_whole(out / "forecast.png", image)
     console.print(f"forecast from {start} UTC: wrote {out / 'forecast.csv'} and forecast.png")
 
 

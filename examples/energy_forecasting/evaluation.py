@@ -37,7 +37,8 @@ class Forecasts:
     """Of one part of the series, in its own unit."""
 
     origins: Array  # datetime64[h]
-    quantiles: Array  # [origins, longest, quantiles], rising
+    quantiles: Array  # [origins, longest, quantiles], rising, calibrated
+    fitted: Array  # the same before calibration
     actual: Array  # [origins, longest]; NaN is missing or not known yet
     naives: Array  # [origins, longest, candidates]
     available: Array  # [origins] hours that the series has from the origin on
@@ -50,7 +51,8 @@ class Forecasts:
 def forecast_on_rank(
     rank: Rank, series: HourlySeries, saved: Checkpoint, origins: list[range]
 ) -> list[dict[int, Array]]:
-    """For every range of origins, those that this rank owns -> quantiles [longest, quantiles]."""
+    """For every range of origins, those that this rank owns -> quantiles [longest, quantiles],
+    rising, not yet calibrated."""
     config = config_from(saved.config)
     group = rank.group if rank.world_size > 1 else None
     features = saved.features(series)
@@ -101,9 +103,11 @@ def collect(
     features = saved.features(series)
     hours = torch.tensor(list(origins), dtype=torch.int64)
     restore = features.scaler.restore
+    fitted = np.stack([quantiles[origin] for origin in origins])
     return Forecasts(
         origins=series.start + np.array(list(origins)) * HOUR,
-        quantiles=np.stack([quantiles[origin] for origin in origins]),
+        quantiles=saved.calibrate(fitted),
+        fitted=fitted,
         actual=restore(features.actual(hours).double().numpy()),
         naives=restore(features.naives(hours).double().numpy()),
         available=len(series) - np.array(list(origins)),
@@ -136,10 +140,15 @@ def score(validation: Forecasts, test: Forecasts, config: Config) -> dict[str, A
             "naives": {
                 name: errors(test.naives[kept, :horizon, n], actual) for n, name in enumerate(names)
             },
-            "coverage_of_90_percent_band": coverage(forecast[..., 0], forecast[..., -1], actual),
+            "coverage_of_90_percent_band": _coverage(test.quantiles[kept, :horizon], actual),
+            "coverage_before_calibration": _coverage(test.fitted[kept, :horizon], actual),
             "document_target_one_minus_mape": DOCUMENT_TARGETS.get(horizon),
         }
     return scores
+
+
+def _coverage(quantiles: Array, actual: Array) -> float:
+    return coverage(quantiles[..., 0], quantiles[..., -1], actual)
 
 
 def anomalies(validation: Forecasts, test: Forecasts, config: Config) -> list[dict[str, Any]]:

@@ -42,7 +42,10 @@ class Scaler:
         """
         seen = values[~np.isnan(values)]
         if len(seen) < 2 or seen.std() == 0:
-            raise ValueError(f"a series must vary to be scaled, got {len(seen)} observed values.")
+            raise ValueError(
+                f"a series must vary to be scaled, got {len(seen)} observed values, all alike, in "
+                "the training hours; choose another column, or a range that has values."
+            )
         return cls(float(seen.mean()), float(seen.std()))
 
     def scale(self, values: np.ndarray) -> np.ndarray:

@@ -50,6 +50,7 @@ def write_html(
                 "1 - MAPE",
                 "best naive",
                 "its 1 - MAPE",
+                "90 % band holds",
             ],
             [_score_row(h, s) for h, s in results["horizons"].items()],
         ),
@@ -85,6 +86,7 @@ def _score_row(horizon: str, score: dict[str, Any]) -> list[str]:
         f"{score['model']['one_minus_mape']:.2%}",
         score["best_naive"],
         f"{naive['one_minus_mape']:.2%}",
+        f"{score['coverage_of_90_percent_band']:.1%}",
     ]
 
 

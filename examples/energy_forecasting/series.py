@@ -108,9 +108,24 @@ class HourlySeries:
         return cls(start, held, quality, source)
 
     def with_columns(self, others: HourlySeries) -> HourlySeries:
-        """The same hours with more channels; what the others do not cover is missing."""
+        """The same hours with more channels; what the others do not cover is missing.
+
+        Raises:
+            ValueError: a column that is there already, or no hour in common.
+        """
         columns = dict(self.columns)
+        known = sorted(set(columns) & set(others.columns))
+        if known:
+            raise ValueError(
+                f"columns of {others.source} must have names of their own, got {known} again; "
+                "rename them there."
+            )
         offset = int((others.start - self.start) / HOUR)
+        if offset >= len(self) or offset + len(others) <= 0:
+            raise ValueError(
+                f"{others.source} must have hours of {self.source}, from {self.start} UTC on, got "
+                f"{len(others)} from {others.start} on; fetch the same range."
+            )
         for name, values in others.columns.items():
             column = np.full(len(self), np.nan)
             a, b = max(0, offset), min(len(self), offset + len(others))

@@ -11,8 +11,8 @@ SERIES = {"us48_2024": "US48, test 2024", "ciso_2020": "CISO, test 2019-07 to 20
 
 
 def markdown(folder: Path = RESULTS) -> str:
-    """Skill per series and horizon over all seeds, then the comparison of ranks."""
-    return f"{skill_table(folder)}\n{ranks_table(folder)}"
+    """Skill and bands per series and horizon over all seeds, then the comparison of ranks."""
+    return f"{skill_table(folder)}\n{coverage_table(folder)}\n{ranks_table(folder)}"
 
 
 def skill_table(folder: Path = RESULTS) -> str:
@@ -37,6 +37,26 @@ def skill_table(folder: Path = RESULTS) -> str:
                 f"| {fit:.2%} | {worst['best_naive']} | {naive:.2%} "
                 f"| {worst['document_target_one_minus_mape']:.0%} |"
             )
+    return "\n".join(lines) + "\n"
+
+
+def coverage_table(folder: Path = RESULTS) -> str:
+    """Test hours within the 90 % band, of each seed that has calibrated ones, and before."""
+    lines = [
+        "| series | horizon | seeds | 90 % band holds | before calibration |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, title in SERIES.items():
+        seeds = [_read(path) for path in sorted(folder.glob(f"{name}_seed*.json"))]
+        seeds = [seed for seed in seeds if "coverage_before_calibration" in seed["horizons"]["24"]]
+        numbers = ", ".join(str(seed["config"]["seed"]) for seed in seeds)
+        for horizon in seeds[0]["horizons"] if seeds else ():
+            scores = [seed["horizons"][horizon] for seed in seeds]
+            held, before = (
+                ", ".join(f"{score[key]:.1%}" for score in scores)
+                for key in ("coverage_of_90_percent_band", "coverage_before_calibration")
+            )
+            lines.append(f"| {title} | {horizon} h | {numbers} | {held} | {before} |")
     return "\n".join(lines) + "\n"
 
 

@@ -9,10 +9,12 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from examples.energy_forecasting.calibration import calibrate, widenings
 from examples.energy_forecasting.config import DAY, Config, config_from
 from examples.energy_forecasting.features import Features, Scaler, fit_scalers
 from examples.energy_forecasting.model import Forecaster, pinball_loss
@@ -41,8 +43,10 @@ class Checkpoint:
     model: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
+    widenings: list[list[float]] = field(default_factory=list)
+    """Of the bands of the best weights, in the series' unit: see `calibration`."""
     source: str = ""
-    command: str = ""  # that began the training
+    began_by: dict[str, str] = field(default_factory=dict)  # command and code
 
     def save(self, path: Path) -> None:
         """All or nothing."""
@@ -63,6 +67,23 @@ class Checkpoint:
         scalers = {name: Scaler(*values) for name, values in self.scalers.items()}
         return Features(series, config_from(self.config), scalers)
 
+    def calibrate(self, quantiles: np.ndarray) -> np.ndarray:
+        """Quantiles of the best weights, [..., longest, quantiles], with calibrated bands.
+
+        Raises:
+            ValueError: as `check_validated`.
+        """
+        self.check_validated()
+        return calibrate(quantiles, self.widenings, config_from(self.config))
+
+    def check_validated(self) -> None:
+        """Raises ValueError where training stopped before its first validation."""
+        if not self.widenings:
+            raise ValueError(
+                f"bands are calibrated at a validation, and this checkpoint of step {self.step} "
+                "has seen none; go on training with the same command, without --max-minutes."
+            )
+
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
         """Raises ValueError for a file of something else."""
@@ -71,7 +92,10 @@ class Checkpoint:
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise ValueError(f"{path} must be a checkpoint of this example: {error}") from None
+            raise ValueError(
+                f"{path} must be a checkpoint of this version of the example; train again, with "
+                f"another --checkpoint. ({str(error).splitlines()[0]})"
+            ) from None
 
 
 def train(
@@ -80,7 +104,7 @@ def train(
     config: Config,
     path: Path | None = None,
     max_seconds: float = math.inf,
-    command: str = "",
+    began_by: dict[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
     """Train on this rank together with the others, from the checkpoint at `path` if there is one.
@@ -88,14 +112,15 @@ def train(
     Args:
         path: where rank 0 saves; None keeps nothing.
         max_seconds: stop there, to be resumed.
-        command: kept in the checkpoint, so that a result can say where it comes from.
+        began_by: the command and the code, kept in the checkpoint, so that a result can say where
+            it comes from.
 
     Raises:
         ValueError: the checkpoint is of another run; or as `split`.
     """
     run = Run(rank, series, config, dtype)
     state = run.state
-    state.command = command
+    state.began_by = began_by or {}
     if path is not None and path.exists():
         state = run.resume(Checkpoint.load(path), path)
     begin, before = time.monotonic(), state.seconds
@@ -199,9 +224,11 @@ class Run:
         return start, stop, [days[int(n)] for n in chosen]
 
     def validate(self) -> None:
-        """The loss over the validation origins; the best weights are kept."""
+        """The loss over the validation origins; the best weights are kept, their bands
+        calibrated."""
         self.just_validated = True
         total = torch.zeros((), dtype=torch.float64)
+        quantiles, actuals = [], []
         with torch.no_grad():
             for start, stop, origins in passes(self.split.validation, self.config):
                 mine, forecast = forecast_window(
@@ -209,9 +236,15 @@ class Run:
                 )
                 actual = self.features.actual(mine).to(forecast.dtype)
                 total += pinball_loss(forecast, actual, self.config).double()
+                quantiles.append(forecast.sort(-1).values.double())
+                actuals.append(actual.double())
         loss = self._sum(total).item() / len(self.split.validation)
         if not self.state.best or loss < min(found for _, found in self.state.validation):
             self.state.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            restore = self.features.scaler.restore
+            self.state.widenings = widenings(
+                restore(self._gather(quantiles)), restore(self._gather(actuals)), self.config
+            )
         self.state.validation.append((self.state.step, loss))
 
     def decide(self, verdict: bool) -> bool:
@@ -220,6 +253,15 @@ class Run:
         if self.group is not None:
             dist.broadcast(agreed, src=0)
         return bool(agreed.item())
+
+    def _gather(self, parts: list[Tensor]) -> np.ndarray:
+        """Rows of all ranks, on each."""
+        mine = torch.cat(parts).numpy()
+        if self.group is None:
+            return mine
+        found: list[Any] = [None] * self.rank.world_size
+        dist.all_gather_object(found, mine)
+        return np.concatenate(found)
 
     def _sum(self, x: Tensor) -> Tensor:
         if self.group is not None:

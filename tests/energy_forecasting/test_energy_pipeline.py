@@ -110,5 +110,5 @@ def test_wrong_settings_are_one_line(tmp_path):
     done = run("train", "--context", "10", "--checkpoint", checkpoint)
     assert done.exit_code == 1 and "--context must be at least 168, got 10" in done.output
     done = run("evaluate", "--checkpoint", checkpoint)
-    assert done.exit_code == 1 and "No such file" in done.output
+    assert done.exit_code == 1 and "does not exist; run train first" in done.output
     assert not checkpoint.exists()

@@ -67,7 +67,8 @@ def forecasts(actual: np.ndarray, naives: np.ndarray, median: float) -> Forecast
     spread = np.array([-2, -1, 0, 1, 2.0])
     return Forecasts(
         origins=np.datetime64("2024-01-01T00") + np.arange(origins) * np.timedelta64(24, "h"),
-        quantiles=np.broadcast_to(median + spread, (origins, hours, 5)).copy(),
+        quantiles=np.broadcast_to(median + spread, (origins, hours, 5)),
+        fitted=np.broadcast_to(median + spread / 4, (origins, hours, 5)),
         actual=actual,
         naives=naives,
         available=np.full(origins, 168),
@@ -83,6 +84,7 @@ def test_the_naive_is_chosen_on_the_validation():
     assert found["best_naive"] == "same hour of the last day"
     assert found["skill"] == pytest.approx(1 - 0.5 / 3)
     assert found["coverage_of_90_percent_band"] == 1
+    assert found["coverage_before_calibration"] == 1  # 0.5 away, as far as the narrow band
     assert found["document_target_one_minus_mape"] == 0.8
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from examples.energy_forecasting.summary import ranks_table, skill_table
+from examples.energy_forecasting.summary import coverage_table, ranks_table, skill_table
 
 README = Path(__file__).parents[2] / "examples" / "energy_forecasting" / "README.md"
 
@@ -10,4 +10,5 @@ README = Path(__file__).parents[2] / "examples" / "energy_forecasting" / "README
 def test_tables_are_those_of_the_results():
     text = README.read_text(encoding="utf-8")
     assert skill_table() in text and skill_table().count("US48") == 3
+    assert coverage_table() in text and coverage_table().count("US48") == 3
     assert ranks_table() in text and ranks_table().count("MiB") == 3

@@ -64,7 +64,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     with pytest.raises(RankError, match="was saved by a run with other settings"):
         run_ranks(2, train, series, replace(SMALL, seed=1), path)
     path.write_text("not a checkpoint")
-    with pytest.raises(ValueError, match="must be a checkpoint of this example"):
+    with pytest.raises(
+        ValueError, match="must be a checkpoint of this version of the example; train again"
+    ):
         Checkpoint.load(path)
 
 

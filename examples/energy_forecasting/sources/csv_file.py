@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -16,6 +17,11 @@ from examples.energy_forecasting.series import TIME, HourlySeries
 TIME_COLUMNS = (TIME, "date_time", "datetime", "time", "timestamp", "period")
 TARGET_COLUMNS = ("demand", "cleaned demand (MW)", "demand_mw", "load", "value")
 MISSING = ("", "missing", "empty", "na", "nan", "null", "none")
+REMEDIES = {
+    "time_column": f"rename the column of hours to {TIME!r}",
+    "target": "name the column to forecast (--target)",
+    "channels": "name columns that it has (--channel)",
+}
 FLAG, GOOD = "category", "OKAY"
 """Imputed values that the published EIA files flag in a column; they count as missing."""
 
@@ -60,8 +66,16 @@ def read_columns(path: Path, *, time_zone: str = "UTC") -> HourlySeries:
 
 
 def _names(path: Path) -> list[str]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file).fieldnames or [])
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            names = list(csv.DictReader(file).fieldnames or [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(
+            f"{path.name} must be a CSV file in UTF-8 ({error}); save it as one, unpacked."
+        ) from None
+    if not names:
+        raise ValueError(f"{path.name} must begin with a line of column names, got an empty file.")
+    return names
 
 
 def _read(
@@ -97,7 +111,10 @@ def _find(
     found = [n for n in ((name,) if name else usual) if n in names]
     if not found:
         wanted = repr(name) if name else f"one of {list(usual)}"
-        raise ValueError(f"{argument} must be a column of {path.name}, {names}, got {wanted}.")
+        remedy = REMEDIES[argument] if len(names) > 1 else "separate columns by commas"
+        raise ValueError(
+            f"{argument} must be a column of {path.name}, {names}, got {wanted}; {remedy}."
+        )
     return found[0]
 
 
@@ -133,6 +150,11 @@ def _number(text: str | None, name: str, where: str) -> float:
     if text is None or text.strip().lower() in MISSING:
         return np.nan
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise ValueError(f"{name} must hold numbers, got {text!r} in {where}.") from None
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{name} must hold numbers, got {text!r} in {where}; leave what is missing empty."
+        )
+    return value

@@ -54,6 +54,11 @@ class EIAClient:
                 f"api_key must be given, or {KEY_VARIABLE} set; keys are free at "
                 "https://www.eia.gov/opendata/."
             )
+        if not re.fullmatch(r"[!-~]+", key.strip()):
+            raise WrongKeyError(
+                f"api_key must be one word of ASCII characters, got {len(key)} characters with "
+                "others among them; copy it again from the EIA's mail."
+            )
         self._key, self._url, self._http = key.strip(), url or URL, http or PatientHttp()
 
     def __repr__(self) -> str:
@@ -168,6 +173,8 @@ def check_range(start_date: str, end_date: str) -> tuple[np.datetime64, np.datet
     for name, text in (("start_date", start_date), ("end_date", end_date)):
         try:
             hours.append(np.datetime64(text, "h"))
+            if np.isnat(hours[-1]):
+                raise ValueError
         except ValueError:
             raise ValueError(
                 f"{name} must be a UTC date or hour such as '2024-01-31' or '2024-01-31T05', got "
