@@ -193,6 +193,7 @@ def installed(load: Callable[[], Functions]) -> Functions | str:
         return f"the package cannot be used here ({type(error).__name__}: {error})"
 
 
+@lru_cache(maxsize=256)
 def lacks(functions: Functions, problem: Problem) -> str | None:
     """What this version has no argument for; None for nothing."""
     needed = [("softmax_scale",), ("causal", "is_causal"), ("window_size", "window_size_left")]
