@@ -57,8 +57,10 @@ class Case:
         return replace(self, shard_lens=lens, shard_lens_k=lens)
 
     def on(self, device: str) -> "Case":
-        """With a kernel that computes float64 on the device."""
-        return self if device == "cpu" else replace(self, kernel="reference")
+        """With the device's own kernel in place of the CPU's."""
+        if device == "cpu" or self.kernel != "torch_cpu":
+            return self
+        return replace(self, kernel="torch_cuda")
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v, dout of the whole sequence, the same on every rank."""

@@ -59,7 +59,7 @@ class Contract:
     deterministic: bool
 
     def on(self, device: str) -> "Contract":
-        """With a kernel that computes everything on the device, where it is not deterministic."""
+        """With the device's kernel; what computes float64 there is not deterministic."""
         if device == "cpu":
             return self
         return replace(self, case=self.case.on(device), deterministic=False)
