@@ -46,10 +46,10 @@ def test_bands_hold_their_share_of_new_hours(spread):
 
 def test_a_widening_is_by_hand():
     config = replace(SMALL, horizons=(1,), model=ModelConfig(quantiles=(0.1, 0.5, 0.9)))
-    quantiles = np.broadcast_to([-1.0, 0.0, 1.0], (9, 1, 3))
-    actual = np.array([0.0, 0.5, 0.9, -1.2, 1.5, 2.0, -3.0, 4.0, -9.0])[:, None]
-    # 80 % of 9 + 1 hours: the eighth of -1, -0.5, -0.1, 0.2, 0.5, 1, 2, 3, 8.
-    assert widenings(quantiles, actual, config) == [[3.0]]
+    quantiles = np.broadcast_to([-1.0, 0.0, 1.0], (10, 1, 3))
+    actual = np.array([0.0, 0.5, 0.9, -1.2, 1.5, 2.0, -3.0, 4.0, -9.0, 12.0])[:, None]
+    # 80 % of 10 + 1 hours: the ninth of -1, -0.5, -0.1, 0.2, 0.5, 1, 2, 3, 8, 11.
+    assert widenings(quantiles, actual, config) == [[8.0]]
     assert calibrate(quantiles, [[3.0]], config)[0, 0].tolist() == [-4.0, 0.0, 4.0]
     assert calibrate(quantiles, [[-3.0]], config)[0, 0].tolist() == [0.0, 0.0, 0.0]
 
