@@ -1,15 +1,20 @@
 """RingAttentionTester: it runs over ranks, and it sees what is wrong."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from nnscaler_ring.dilated import RingAttentionTester
 from nnscaler_ring.dilated.ring_attention_tester import (
     MEMORY_TOKENS,
     MODELS,
     _definition,
+    _difference,
     main,
 )
+from nnscaler_ring.launch import Rank
 from tests.dilated_oracle import dilated_attention
 from tests.oracle import make_qkv
 from tests.tolerances import assert_close_float64
@@ -31,12 +36,24 @@ def test_its_definition_is_the_oracle(causal):
     assert_close_float64(_definition(model, q, k, v, causal=causal), expected, "out")
 
 
+@pytest.mark.full
 def test_command_line(capsys):
     """Two ranks in float64: everything passes at 1e-10."""
     assert main(["--dtype", "float64", "--verbose"]) == 0
     said = capsys.readouterr().out
     assert "All Ring Attention tests passed over 2 ranks." in said
     assert said.count("Equivalent: True") == 4 and "(tolerance: 1.00e-10)" in said
+
+
+def small_model(ranks):
+    """What a rank of the tester finds, on a rank of the pool."""
+    rank = Rank(dist.get_rank(), len(ranks), torch.device("cpu"), print, Path())
+    return _difference(rank, MODELS[0], torch.float64, True)
+
+
+def test_ring_path_on_ranks(pool):
+    differences = pool.run(2, small_model)
+    assert 0 < max(differences) < 1e-10
 
 
 @pytest.mark.full

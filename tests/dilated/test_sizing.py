@@ -67,7 +67,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("exchange", ["direct", "all_gather"])
+@pytest.mark.parametrize("exchange", ["direct", pytest.param("all_gather", marks=pytest.mark.full)])
 @pytest.mark.parametrize(("lens", "heads", "dtype"), CASES, ids=str)
 def test_predicted_bytes_hold_what_is_counted(pool, lens, heads, dtype, exchange):
     """Never less than is counted, and at most twice as much."""
