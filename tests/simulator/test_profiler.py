@@ -47,7 +47,7 @@ def predictions():
         yield pytest.param(exchange, dtype, backward, marks=() if quick else pytest.mark.full)
 
 
-@pytest.mark.parametrize(("exchange", "dtype", "backward"), predictions())
+@pytest.mark.parametrize(("exchange", "dtype", "backward"), list(predictions()))
 def test_prediction_is_within_5_percent(exchange: str, dtype: str, backward: bool) -> None:
     for ranks, layout, kv_heads in itertools.product((1, 3), ("contiguous", "zigzag"), (4, 1)):
         measured = profiler(
