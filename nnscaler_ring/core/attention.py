@@ -133,8 +133,12 @@ def dilated_attention(
     shard_lens: Sequence[int] | None,
     exchange: str,
     kernel: str,
+    chunks: int = 1,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Dilated attention; the public function documents the arguments."""
+    """Dilated attention; the public function documents the arguments.
+
+    `chunks`: without a group, the parts that keys come in.
+    """
     group = group_string(process_group)
     with refusing_together(group, op):
         checks.check_choices(
@@ -166,6 +170,7 @@ def dilated_attention(
         softmax_scale=scale,
         exchange=exchange,
         kernel=kernel,
+        chunks=chunks,
     )
     out, softmax_lse = dilated_attention_op(q, k, v, *options)
     return (out, softmax_lse) if return_lse else out

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.chunks import InChunks
 from nnscaler_ring.core.dilation import (
     Branch,
     HeadGroup,
@@ -27,7 +28,7 @@ from nnscaler_ring.core.dilation import (
     whole_segments,
 )
 from nnscaler_ring.core.engine import gradient_sums, partial_attention
-from nnscaler_ring.core.exchange import DirectPlan, ExchangePlan
+from nnscaler_ring.core.exchange import DirectPlan, ExchangePlan, KVExchange
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.layout import Contiguous
 from nnscaler_ring.core.offered_rows import OfferedRows, OfferedRowsPlan
@@ -183,12 +184,14 @@ def dilated_forward(
     transport: Transport,
     kernel: AttentionKernel,
     softmax_scale: float,
+    chunks: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Dilated attention of this rank's queries to everybody's keys.
 
     Args:
         q: [batch, shard_len, num_heads, head_dim].
         k: [batch, shard_len, num_kv_heads, head_dim]; v likewise with v_head_dim.
+        chunks: parts that keys come in, on one device.
 
     Returns:
         out in q's dtype, softmax_lse [batch, num_heads, shard_len].
@@ -198,7 +201,7 @@ def dilated_forward(
     def attend(part: Part) -> tuple[Selection, Tensor, Tensor]:
         keys = part.keys
         rows = _heads_together(part.queries.take(grouped)), keys.take(k), keys.take(v)
-        exchange = part.exchange.start(transport)
+        exchange = _started(part, transport, chunks)
         partial = partial_attention(
             *rows, exchange=exchange, kernel=kernel, scores=Scores(softmax_scale)
         )
@@ -233,6 +236,7 @@ def dilated_backward(
     transport: Transport,
     kernel: AttentionKernel,
     softmax_scale: float,
+    chunks: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv from the gradients of out and of softmax_lse."""
     heads = k.shape[2]
@@ -257,7 +261,7 @@ def dilated_backward(
             part.keys.take(v),
             part_out,
             part_lse.transpose(1, 2),
-            exchange=part.exchange.start(transport),
+            exchange=_started(part, transport, chunks),
             kernel=kernel,
             scores=Scores(softmax_scale),
         )
@@ -266,6 +270,11 @@ def dilated_backward(
         part.keys.add(dv, part_dv)
     dq = _heads_together(dq)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _started(part: Part, transport: Transport, chunks: int) -> KVExchange:
+    exchange = part.exchange.start(transport)
+    return exchange if chunks == 1 else InChunks(exchange, chunks)
 
 
 def _by_kv_head(x: Tensor, num_kv_heads: int) -> Tensor:

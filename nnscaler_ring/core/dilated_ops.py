@@ -25,7 +25,8 @@ from nnscaler_ring.core.transport import Transport, connect
 class DilatedOptions(NamedTuple):
     """What the op takes beside q, k, v, in the order of `OPTIONS_SCHEMA`.
 
-    `shard_lens` None: equal shards. The three after `causal` are a `HeadOffsets`.
+    `shard_lens` None: equal shards. The three after `causal` are a `HeadOffsets`. `chunks`: parts
+    that keys come in, 1 with a group.
     """
 
     op: str
@@ -40,12 +41,13 @@ class DilatedOptions(NamedTuple):
     softmax_scale: float
     exchange: str
     kernel: str
+    chunks: int = 1
 
 
 OPTIONS_SCHEMA = (
     "str op, str group, SymInt[]? shard_lens, int[] segment_lengths, int[] dilation_rates, "
     "bool causal, str head_offsets, int first_kv_head, SymInt all_kv_heads, float softmax_scale, "
-    "str exchange, str kernel"
+    "str exchange, str kernel, int chunks"
 )
 
 FORWARD_SCHEMA = (
@@ -184,6 +186,7 @@ class _Run(NamedTuple):
             "plan": plan_dilated(self.call, self.block),
             "kernel": self.kernel,
             "softmax_scale": self.options.softmax_scale,
+            "chunks": self.options.chunks,
         }
 
 

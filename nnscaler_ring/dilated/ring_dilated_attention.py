@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnscaler_ring.core.agreement import refusing_together
+from nnscaler_ring.core.attention import dilated_attention
 from nnscaler_ring.core.checks import check_branches, check_head_offsets, check_qkv
 from nnscaler_ring.core.dilation import HeadOffsets
 from nnscaler_ring.core.exchange import EXCHANGES
@@ -44,7 +45,8 @@ class RingDilatedAttention(nn.Module):
         dropout: must be 0.0.
         use_tf32: must be None: a setting of the process.
         block_size: must be None: decided by the exchange and the kernel.
-        ring_size: the size of the group, or None.
+        ring_size: with a group its size, or None. Without one the number of chunks that keys are
+            computed in; None is 1.
         use_checkpointing: must be True: scores are never kept for the backward pass.
         device: where q, k and v must be; None: anywhere.
         dtype: what they must be; None: any that attention is computed in.
@@ -93,12 +95,6 @@ class RingDilatedAttention(nn.Module):
         refuse_unless("dropout", dropout, 0.0)
         refuse_unless_none("use_tf32", use_tf32)
         refuse_unless_none("block_size", block_size)
-        if process_group is None and ring_size not in (None, 1):
-            raise ValueError(
-                f"ring_size must be 1 or None without a process_group, got {ring_size}: the "
-                f"tensors are then the whole sequence; pass process_group=range({ring_size}) for "
-                "ranks that share it."
-            )
         if not use_checkpointing:
             refuse_unless("use_checkpointing", use_checkpointing, True)
         self.segment_lengths, self.dilation_rates = tuple(segment_lengths), tuple(dilation_rates)
@@ -110,6 +106,11 @@ class RingDilatedAttention(nn.Module):
         self.limits = BufferLimits() if limits is None else limits
         self.enable_fault_tolerance = enable_fault_tolerance
         self._needs: BoundedCache[tuple[DilatedShape, DilatedNeeds]] = BoundedCache(cache_size)
+
+    @property
+    def chunks(self) -> int:
+        """The parts that this device computes keys in."""
+        return self.ring_size if self.process_group is None else 1
 
     def forward(
         self,
@@ -142,19 +143,32 @@ class RingDilatedAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, shard_lens: Sequence[int] | None
     ) -> Tensor:
         """The op, without this module's checks."""
-        out: Any = wrap_dilated_attn_func(
-            q,
-            k,
-            v,
-            self.segment_lengths,
-            self.dilation_rates,
-            causal=is_causal,
-            head_offsets=self.head_offsets,
-            process_group=self.process_group,
-            shard_lens=shard_lens,
-            exchange=self.exchange,
-            kernel=self.kernel,
-        )
+        options: dict[str, Any] = {
+            "causal": is_causal,
+            "head_offsets": self.head_offsets,
+            "process_group": self.process_group,
+            "shard_lens": shard_lens,
+            "exchange": self.exchange,
+            "kernel": self.kernel,
+        }
+        out: Any
+        if self.chunks > 1:
+            out = dilated_attention(
+                type(self).__name__,
+                q,
+                k,
+                v,
+                self.segment_lengths,
+                self.dilation_rates,
+                softmax_scale=None,
+                return_lse=False,
+                chunks=self.chunks,
+                **options,
+            )
+        else:
+            out = wrap_dilated_attn_func(
+                q, k, v, self.segment_lengths, self.dilation_rates, **options
+            )
         return out
 
     def prepare(
@@ -253,9 +267,9 @@ class RingDilatedAttention(nn.Module):
 
     def _optimizations(self) -> list[str]:
         enabled = ["scores are recomputed in the backward pass"]
-        if self.ring_size > 1 and self.exchange == "direct":
+        if self.process_group is not None and self.exchange == "direct":
             enabled.append("only used rows of K and V travel")
-        if self.ring_size > 1 and self.exchange != "all_gather":
+        if self.process_group is not None and self.exchange != "all_gather":
             enabled.append("communication overlaps computation")
         if self.enable_fault_tolerance:
             enabled.append("memory is reserved on all ranks before data moves")

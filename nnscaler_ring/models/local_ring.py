@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.checks import check_dropout_p, check_qkv, check_scale
+from nnscaler_ring.core.checks import check_dropout_p, check_mask, check_qkv, check_scale
 from nnscaler_ring.core.dropout import Dropout, seed_tensor
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import GradientStep, Keys
 from nnscaler_ring.core.kernels import AttentionKernel, Problem, select_kernel
 from nnscaler_ring.core.layout import Contiguous
 from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.schedule import CAUSAL, FULL, Schedule
+from nnscaler_ring.core.schedule import Mask, Schedule
 from nnscaler_ring.core.scores import Scores
 
 
@@ -33,6 +33,7 @@ def local_ring_attention(
     *,
     chunks: int,
     causal: bool = True,
+    window: int | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Attention to a whole sequence on this device, in the order of a ring of `chunks` devices.
@@ -42,6 +43,7 @@ def local_ring_attention(
         k, v: [batch, tokens, num_kv_heads, head_dim]; num_kv_heads divides num_heads.
         chunks: at least 1; chunk c is tokens `[c*T//chunks, (c+1)*T//chunks)`.
         causal: a query sees no later key.
+        window: keys that a query sees before itself, in tokens; None is all.
         dropout_p: dropout of probabilities, with the mask that `wrap_ring_attn_func` draws.
 
     Returns:
@@ -53,7 +55,8 @@ def local_ring_attention(
     if chunks < 1:
         raise ValueError(f"chunks must be at least 1, got {chunks}.")
     check_qkv(q, k, v, packed=False)
-    out: Tensor = _LocalRing.apply(q, k, v, chunks, causal, check_dropout_p(dropout_p))
+    mask = check_mask(causal, (-1 if window is None else window, -1))
+    out: Tensor = _LocalRing.apply(q, k, v, chunks, mask, check_dropout_p(dropout_p))
     return out
 
 
@@ -65,10 +68,10 @@ class _LocalRing(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         chunks: int,
-        causal: bool,
+        mask: Mask,
         dropout_p: float,
     ) -> Tensor:
-        ring = _Ring(q, k, v, chunks, causal, dropout_p)
+        ring = _Ring(q, k, v, chunks, mask, dropout_p)
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         lse = []
         for block, rows in enumerate(ring.rows):
@@ -110,12 +113,12 @@ class _Ring:
     """The chunks, and the tiles between them."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, chunks: int, causal: bool, dropout_p: float
+        self, q: Tensor, k: Tensor, v: Tensor, chunks: int, mask: Mask, dropout_p: float
     ) -> None:
         edges = [chunk * q.shape[1] // chunks for chunk in range(chunks + 1)]
         layout = Contiguous(tuple(b - a for a, b in pairwise(edges)))
         self.rows = [slice(a, b) for a, b in pairwise(edges)]
-        self.schedule = Schedule(layout, layout, CAUSAL if causal else FULL)
+        self.schedule = Schedule(layout, layout, mask)
         self.scale = check_scale(None, q.shape[-1])
         seed = seed_tensor(dropout_p, None)
         self.dropout = None if seed is None else Dropout(dropout_p, seed, 0, 0)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from nnscaler_ring.models.heads import to_heads
+from nnscaler_ring.models.local_ring import local_ring_attention
 from nnscaler_ring.models.rope import Rotation, rotate
+from nnscaler_ring.models.sharing import check_ring_size
 from nnscaler_ring.ring_attn import wrap_ring_attn_func
 from nnscaler_ring.zigzag_attn import wrap_zigzag_attn_func
 
@@ -32,6 +34,8 @@ class SelfAttention(nn.Module):
         layout: one of `LAYOUTS`.
         window: keys that a query sees before itself, in tokens; None is all.
         dropout_p: dropout of attention probabilities, while training.
+        ring_size: with a group its size, or None. Without one the number of chunks that attention
+            is computed in, in the order of a ring; None is 1.
         process_group: None, or the ranks that share the sequence, in block order.
 
     Source: Ainslie et al., "GQA", arXiv 2305.13245.
@@ -48,6 +52,7 @@ class SelfAttention(nn.Module):
         window: int | None = None,
         dropout_p: float = 0.0,
         exchange: str = "direct",
+        ring_size: int | None = None,
         process_group: ProcessGroupLike | None = None,
     ) -> None:
         super().__init__()
@@ -62,6 +67,7 @@ class SelfAttention(nn.Module):
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.layout, self.window, self.dropout_p = layout, window, dropout_p
         self.exchange, self.process_group = exchange, process_group
+        self.ring_size = check_ring_size("ring_size", ring_size, process_group)
         self.to_q = nn.Linear(width, num_heads * head_dim, bias=False)
         self.to_k = nn.Linear(width, num_kv_heads * head_dim, bias=False)
         self.to_v = nn.Linear(width, num_kv_heads * head_dim, bias=False)
@@ -81,9 +87,19 @@ class SelfAttention(nn.Module):
         v = to_heads(x, self.to_v, self.num_kv_heads)
         return self.from_heads(self._attend(q, k, v, shard_lens).flatten(2))
 
+    @property
+    def chunks(self) -> int:
+        """The parts that this device computes in the order of a ring."""
+        return self.ring_size if self.process_group is None else 1
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, shard_lens: Sequence[int] | None) -> Any:
+        dropout_p = self.dropout_p if self.training else 0.0
+        if self.chunks > 1:
+            return local_ring_attention(
+                q, k, v, chunks=self.chunks, window=self.window, dropout_p=dropout_p
+            )
         options: dict[str, Any] = {
-            "dropout_p": self.dropout_p if self.training else 0.0,
+            "dropout_p": dropout_p,
             "window_size": (-1 if self.window is None else self.window, 0),
             "process_group": self.process_group,
             "shard_lens": shard_lens,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nnscaler_ring.models.decoder_layer import DecoderLayer
 from nnscaler_ring.models.rms_norm import RMSNorm
 from nnscaler_ring.models.rope import rope_rotation
-from nnscaler_ring.models.sharing import check_ring_size, positions_of_shard
+from nnscaler_ring.models.sharing import positions_of_shard
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.groups import ProcessGroupLike
@@ -43,7 +43,7 @@ class Transformer(nn.Module):
 
     Args:
         config: the sizes.
-        ring_size: the size of the group, or None; see `process_group`.
+        ring_size: see `SelfAttention`.
         process_group: None, or the ranks that share the sequence, in block order.
 
     Source: Touvron et al., "LLaMA", arXiv 2302.13971.
@@ -57,12 +57,6 @@ class Transformer(nn.Module):
         process_group: ProcessGroupLike | None = None,
     ) -> None:
         super().__init__()
-        if process_group is None and ring_size not in (None, 1):
-            raise ValueError(
-                f"ring_size must be 1 or None without a process_group, got {ring_size}: the "
-                "Transformer computes a whole sequence in one piece; pass the group."
-            )
-        check_ring_size("ring_size", ring_size, process_group)
         self.config, self.process_group = config, process_group
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(
@@ -76,6 +70,7 @@ class Transformer(nn.Module):
                 window=config.window,
                 dropout_p=config.dropout_p,
                 exchange=config.exchange,
+                ring_size=ring_size,
                 process_group=process_group,
             )
             for _ in range(config.num_layers)

@@ -49,6 +49,16 @@ def test_equals_the_definition(pool, lens, causal):
         assert info["ring_size"] == len(lens)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("chunks", [2, 3, 20])
+def test_chunks_on_one_device_change_nothing(chunks, causal):
+    whole, _ = attend(None, [14], causal)
+    cut, info = attend(None, [14], causal, ring_size=chunks)
+    for name, x, y in zip(("out", "dq", "dk", "dv"), cut, whole, strict=True):
+        assert_close_float64(x, y, name)
+    assert info["ring_size"] == chunks
+
+
 def test_import_path_of_the_guide():
     assert guides_path.RingDilatedAttention is RingDilatedAttention
 
@@ -60,7 +70,7 @@ def test_import_path_of_the_guide():
         ({"use_tf32": True}, "use_tf32 must be None, got True: TF32 is a setting"),
         ({"block_size": 1024}, "block_size must be None, got 1024: the exchange"),
         ({"use_checkpointing": False}, "use_checkpointing must be True, got False"),
-        ({"ring_size": 2}, r"ring_size must be 1 or None without a process_group, got 2"),
+        ({"ring_size": 0}, "ring_size must be an int of at least 1 or None, got 0"),
         ({"exchange": "pigeon"}, "exchange must be one of"),
         ({"kernel": "abacus"}, "kernel must be 'auto' or one of"),
         ({"head_offsets": "modulo"}, "head_offsets must be one of"),

@@ -119,6 +119,27 @@ def test_wrong_sizes(options, message):
         build(**options)
 
 
-def test_ring_size_needs_a_group():
-    with pytest.raises(ValueError, match="ring_size must be 1 or None without a process_group"):
-        Transformer(TransformerConfig(**SIZES), ring_size=2)
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("chunks", [2, 5, 20])
+def test_chunks_on_one_device_change_nothing(chunks, window):
+    ids, dlogits = inputs(15)
+    torch.manual_seed(0)
+    whole = build(window=window).double()
+    cut = Transformer(TransformerConfig(**SIZES, window=window), ring_size=chunks).double()
+    cut.load_state_dict(whole.state_dict())
+    for model in (whole, cut):
+        (model(ids) * dlogits).sum().backward()
+    torch.testing.assert_close(cut(ids), whole(ids), rtol=0, atol=1e-12)
+    for mine, theirs in zip(cut.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-10)
+
+
+def test_ring_size_is_the_group_s(pool):
+    assert pool.run(2, wrong_ring_size) == ["ring_size must be the size of process_group, 2"] * 2
+
+
+def wrong_ring_size(ranks):
+    try:
+        Transformer(TransformerConfig(**SIZES), ring_size=3, process_group=ranks)
+    except ValueError as error:
+        return str(error).partition(", got")[0]
