@@ -56,7 +56,9 @@ def local_ring_attention(
         raise ValueError(f"chunks must be at least 1, got {chunks}.")
     check_qkv(q, k, v, packed=False)
     mask = check_mask(causal, (-1 if window is None else window, -1))
-    out: Tensor = _LocalRing.apply(q, k, v, chunks, mask, check_dropout_p(dropout_p))
+    out: Tensor = _LocalRing.apply(
+        q, k, v, chunks, mask.left, mask.right, check_dropout_p(dropout_p)
+    )
     return out
 
 
@@ -68,10 +70,12 @@ class _LocalRing(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         chunks: int,
-        mask: Mask,
+        left: int,
+        right: int,
         dropout_p: float,
     ) -> Tensor:
-        ring = _Ring(q, k, v, chunks, mask, dropout_p)
+        # A mask in two numbers, as nnScaler's tracer takes no other objects.
+        ring = _Ring(q, k, v, chunks, Mask(left, right), dropout_p)
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         lse = []
         for block, rows in enumerate(ring.rows):
@@ -106,7 +110,7 @@ class _LocalRing(torch.autograd.Function):
                 kernel=ring.kernel,
                 scores=ring.scores(block),
             )
-        return dq, dk.current().to(k.dtype), dv.current().to(v.dtype), None, None, None
+        return dq, dk.current().to(k.dtype), dv.current().to(v.dtype), None, None, None, None
 
 
 class _Ring:
