@@ -1,6 +1,10 @@
 """Train the guide's RingTransformer with its sequence shared by all ranks, and survive failures.
 
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --nproc-per-node 2 --max-restarts 3 examples/dilated_training.py --folder runs/dilated
+
+The variable gives every restart a store of its own: else torchrun keeps one, and the new ranks may
+read the addresses of dead ones there (torch 2.13).
 
 Parameters are sharded by FSDP2 over the same ranks. Every few steps the run is saved; when a rank
 dies, torchrun starts all of them again, and they go on from the last checkpoint, bit for bit.
@@ -113,6 +117,7 @@ def main() -> None:
         checkpoints.after_step(step)
         if step == given.fail_at:
             fail_once(given.folder)
+    dist.barrier()  # nobody leaves while others still talk to it
     dist.destroy_process_group()
 
 

@@ -82,7 +82,11 @@ def run_example(folder, *arguments):
             capture_output=True,
             text=True,
             timeout=240,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # as the example says
+            },
         )
     assert done.returncode == 0, done.stderr
     lines = (folder / "losses.jsonl").read_text().splitlines()
