@@ -58,15 +58,18 @@ def device_name(device: str) -> str:
 def source_commit() -> dict[str, Any]:
     """The git commit of a source checkout, and whether it has changes; None where there is none."""
     here = Path(__file__).resolve()
-    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
+    tracked = git_output(here.parent, "ls-files", "--error-unmatch", here.name)
     if tracked is None:
         return {"commit": None, "dirty": None}
     # New result files do not change what is measured.
-    changes = _git(here.parents[1], "status", "--porcelain", "--", ".", ":!benchmarks/results")
-    return {"commit": _git(here.parent, "rev-parse", "HEAD"), "dirty": bool(changes)}
+    changes = git_output(
+        here.parents[1], "status", "--porcelain", "--", ".", ":!benchmarks/results"
+    )
+    return {"commit": git_output(here.parent, "rev-parse", "HEAD"), "dirty": bool(changes)}
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def git_output(folder: Path, *arguments: str) -> str | None:
+    """What git prints in a folder; None where there is no git, no repository, or it fails."""
     command = ["git", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 import sys
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from examples.energy_forecasting.series import HourlySeries
-from nnscaler_ring.machine import device_name, package_versions
+from nnscaler_ring.machine import device_name, git_output, package_versions
 
 HERE = Path(__file__).parent
 RUGGLES = (
@@ -50,18 +49,10 @@ def code() -> str:
 
     Results, which the commands write, do not count as a difference.
     """
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
+    commit = git_output(HERE, "rev-parse", "HEAD")
+    changes = git_output(
+        HERE, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results"
+    )
     if commit is None or changes is None:
         return "unknown"
     return f"{commit} with uncommitted changes" if changes else commit
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
