@@ -101,6 +101,11 @@ class Cudnn:
 
     cuDNN's tensors are [b, h, rows, d], its causal mask is aligned at the top left corner. Its
     softmax_lse is [b, h, rows] or [b, h, rows, 1], depending on torch, which wants it back so.
+
+    torch keeps the plans of cuDNN by the sizes and strides of q, k and v, up to 2.13 not by those
+    of out and dout: a plan made for others of theirs would read them wrongly, without an error. So
+    in the backward pass q, out and dout are dense and alike, as in `scaled_dot_product_attention`,
+    which shares the plans.
     """
 
     def __init__(self) -> None:
@@ -133,6 +138,7 @@ class Cudnn:
         if not _is_for_cudnn(q, k, call):
             return self._flash.backward(dout, q, k, v, out, softmax_lse, call)
         no_dropout = q.new_empty((), dtype=torch.int64)
+        dout, q, out = (x.contiguous() for x in (dout, q, out))
         gradients = aten._scaled_dot_product_cudnn_attention_backward(
             *(x.transpose(1, 2) for x in (dout, q, k, v, out)),
             softmax_lse.unsqueeze(-1) if _has_lse_column(q.dtype, q.device) else softmax_lse,

@@ -217,6 +217,9 @@ class Aten:
         return gradients
 
     def _efficient_attention_forward(self, *args, **options):
+        # What torch's cache of plans does not tell apart must not differ.
+        assert dout.is_contiguous() and q.is_contiguous() and out.is_contiguous()
+        assert args[5].is_contiguous()
         meta = self._meta("_efficient_attention_forward", args, options)
         q, k, v, bias, cu_q, cu_k, max_q, max_k, dropout_p, mask, with_lse = args
         assert bias is cu_q is cu_k is None and dropout_p == 0.0 and with_lse is True

@@ -243,3 +243,13 @@ def test_what_it_refuses():
         assert "no bitwise repeatability" in refusal(deterministic=True, **changes)
     assert refusal(deterministic=True) is None
     assert refusal(deterministic=True, dtype=torch.float32) is None
+def test_cudnn_gets_dense_tensors_whatever_the_strides_of_q_and_dout():
+    """Its plans are kept by the strides of q, k and v: the stand-in refuses others."""
+    shape = Shape(8, 8, (-1, 0))
+    q, k, v, dout = inputs(shape, (4, 2), (8, 8))
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout)]
+    for tensors in ([*strided[:3], dout], [q, k, v, strided[3]]):
+        check_tile(KERNELS["cudnn"], shape, *tensors)
+    check_tile(KERNELS["cudnn"], shape, q, k, v, torch.ones(1, 1, 1, 1).double().expand_as(dout))
+
+
