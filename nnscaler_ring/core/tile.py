@@ -184,11 +184,11 @@ KernelCall = Tile | TileBatch
 
 
 @lru_cache(maxsize=1024)
-def batched(tiles: tuple[Tile, ...]) -> tuple[KernelCall, ...]:
-    """Trimmed tiles as few calls: a tile joins the first batch that it can follow."""
+def batched(tiles: tuple[Tile, ...], most: int = UNBOUNDED) -> tuple[KernelCall, ...]:
+    """Trimmed tiles as few calls of at most `most`: a tile joins the first that it can follow."""
     batches: list[_Batch] = []
     for tile in sorted(tiles):
-        if not any(batch.took(tile) for batch in batches):
+        if not any(len(batch.tiles) < most and batch.took(tile) for batch in batches):
             batches.append(_Batch(tile))
     return tuple(batch.call() for batch in batches)
 

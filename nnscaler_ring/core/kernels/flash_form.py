@@ -11,7 +11,15 @@ Note [What flash-attention reads otherwise]
     softmax_lse. A window edge that is not below the number of keys counts as unbounded, so a right
     edge above 0 is right only where the keys are more: other tiles are cut at the row from which
     every key is in reach. A packed call's bounds live on the device: they are made from integers,
-    once per schedule, so that a step never waits for the device.
+    once per schedule, so that a step never waits for the device. If no segment is longer than one
+    row, packed q is read as one row per segment, which fails where one has none: 2 is said then.
+    Memory is read 16 bytes at a time, wherever it starts.
+
+Note [Offsets of 32 bits]
+    The backward of flash-attention 2 counts `(rows of a segment + 128 * segments) * heads *
+    head_dim` in 32 bits and writes elsewhere beyond that (head_dim a multiple of 64, at most). So
+    longer tiles are cut, and tiles go together in a call that take up half of it at most; each may
+    come with two more segments, of rows and of keys that see nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +36,7 @@ from torch import Tensor
 from nnscaler_ring.core.kernels import Problem
 from nnscaler_ring.core.kernels.cuts import banded_tile
 from nnscaler_ring.core.kernels.head_dims import (
+    aligned,
     lse_columns,
     round_up,
     to_head_dim,
@@ -39,6 +48,8 @@ from nnscaler_ring.core.scores import ScoreMods
 from nnscaler_ring.core.tile import UNBOUNDED, KernelCall, Segments, Tile, batched, trim
 
 MAX_HEAD_DIM = 256
+MOST_TILES = 1 << 12
+"""Of one call: a CUDA grid has at most 65,535 segments."""
 
 
 class Packed(NamedTuple):
@@ -99,7 +110,8 @@ class FlashKernel:
 
     def calls(self, tiles: Sequence[Tile], *, plain: bool) -> Sequence[KernelCall]:
         """One call, or a few, for all tiles: Note [Tiles in one call] in tile.py."""
-        return batched(tuple(piece for tile in tiles for piece in _within_reach(tile)))
+        head_dim = max(self.problem.head_dim, self.problem.v_head_dim)
+        return _calls(tuple(tiles), self.problem.num_heads * round_up(head_dim, 64))
 
     def forward(
         self,
@@ -116,13 +128,13 @@ class FlashKernel:
         batch, v_head_dim = q.shape[0], v.shape[-1]
         call = self._call(softmax_scale, window, mods, segments, batch, q.device)
         head_dim = round_up(max(q.shape[-1], v_head_dim), 8)
-        q, k, v = (_packed(x, call) for x in to_head_dim(head_dim, q, k, v))
+        q, k, v = (_packed(aligned(x), call) for x in to_head_dim(head_dim, q, k, v))
         out, softmax_lse = self.library.forward(q, k, v, call)
         if call.packed is not None:
             out = out.unflatten(0, (batch, -1))
             softmax_lse = softmax_lse.unflatten(1, (batch, -1)).transpose(0, 1)
-        # Note [What flash-attention reads otherwise].
-        softmax_lse = softmax_lse.masked_fill(softmax_lse == torch.inf, -torch.inf)
+            # Note [What flash-attention reads otherwise]; in a tile every row sees a key.
+            softmax_lse = softmax_lse.masked_fill(softmax_lse == torch.inf, -torch.inf)
         return out[..., :v_head_dim], softmax_lse
 
     def backward(
@@ -150,10 +162,11 @@ class FlashKernel:
             dout, v, out = with_lse_columns(dout, v, out, dlse)
         call = self._call(softmax_scale, window, mods, segments, batch, q.device)
         head_dim = round_up(max(q.shape[-1], v.shape[-1]), 8)
-        dout, q, k, v, out = (_packed(x, call) for x in to_head_dim(head_dim, dout, q, k, v, out))
-        # Note [What flash-attention reads otherwise].
-        softmax_lse = softmax_lse.masked_fill(softmax_lse == -torch.inf, torch.inf)
+        padded = to_head_dim(head_dim, dout, q, k, v, out)
+        dout, q, k, v, out = (_packed(aligned(x), call) for x in padded)
         if call.packed is not None:
+            # Note [What flash-attention reads otherwise]; in a tile every row sees a key.
+            softmax_lse = softmax_lse.masked_fill(softmax_lse == -torch.inf, torch.inf)
             softmax_lse = softmax_lse.transpose(0, 1).flatten(1)
         gradients = self.library.backward(dout, q, k, v, out, softmax_lse.contiguous(), call)
         if call.packed is not None:
@@ -182,6 +195,25 @@ class FlashKernel:
         )
 
 
+@lru_cache(maxsize=1024)
+def _calls(tiles: tuple[Tile, ...], row_size: int) -> tuple[KernelCall, ...]:
+    """The tiles as few calls, where a row has so many elements: Note [Offsets of 32 bits]."""
+    rows = max(1, (2**31 - 1) // row_size)
+    pieces = [
+        piece for tile in tiles for short in _of_rows(tile, rows) for piece in _within_reach(short)
+    ]
+    alone = [piece for piece in pieces if piece.q1 - piece.q0 > rows // 2]
+    together = tuple(piece for piece in pieces if piece.q1 - piece.q0 <= rows // 2)
+    return *alone, *batched(together, min(MOST_TILES, max(1, rows // 2 // (3 * 128))))
+
+
+def _of_rows(tile: Tile, rows: int) -> Iterator[Tile]:
+    """The tile as tiles of at most so many query rows."""
+    for start in range(tile.q0, tile.q1, rows):
+        if piece := trim(tile._replace(q0=start, q1=min(start + rows, tile.q1))):
+            yield piece
+
+
 def _within_reach(tile: Tile) -> Iterator[Tile]:
     """The tile as tiles whose right edge is below their number of keys, or unbounded."""
     if tile.hi == UNBOUNDED or tile.window()[1] < tile.k1 - tile.k0:
@@ -197,15 +229,38 @@ def _within_reach(tile: Tile) -> Iterator[Tile]:
 def _on_device(segments: Segments, batch: int, device: torch.device) -> Packed:
     """The segments of every row of the batch, one after another."""
     (cu_seqlens_q, max_q), (cu_seqlens_k, max_k) = (
-        (_cu_seqlens(bounds, batch, device), max(b - a for a, b in pairwise(bounds)))
+        (_copied(_cu_seqlens(bounds, batch), device), max(b - a for a, b in pairwise(bounds)))
         for bounds in segments
     )
-    return Packed(cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+    # Note [What flash-attention reads otherwise].
+    return Packed(cu_seqlens_q, cu_seqlens_k, max(2, max_q), max_k)
 
 
-def _cu_seqlens(bounds: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
+def _cu_seqlens(bounds: tuple[int, ...], batch: int) -> list[int]:
     starts = [n * bounds[-1] + start for n in range(batch) for start in bounds[:-1]]
-    return torch.tensor([*starts, batch * bounds[-1]], dtype=torch.int32, device=device)
+    return [*starts, batch * bounds[-1]]
+
+
+def _copied(integers: list[int], device: torch.device) -> Tensor:
+    """On the device, complete when this returns: any stream may read them.
+
+    The host waits for this copy alone. A copy from pageable memory would wait for all that is
+    queued, in every step with new documents.
+    """
+    if device.type != "cuda":
+        return torch.tensor(integers, dtype=torch.int32, device=device)
+    host = torch.tensor(integers, dtype=torch.int32, pin_memory=True)
+    stream = _copy_stream(device)
+    with torch.cuda.stream(stream):
+        copied = host.to(device, non_blocking=True)
+    stream.synchronize()
+    copied.record_stream(torch.cuda.current_stream(device))
+    return copied
+
+
+@lru_cache(maxsize=64)
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _packed(x: Tensor, call: FlashCall) -> Tensor:

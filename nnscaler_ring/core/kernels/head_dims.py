@@ -15,6 +15,9 @@ from torch import Tensor
 
 from nnscaler_ring.core.online_softmax import accumulation_dtype
 
+ALIGNMENT = 16
+"""Bytes that a fused CUDA kernel loads at a time."""
+
 
 def to_head_dim(head_dim: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     """All with so many channels, padded with zeros, and dense in the last dim.
@@ -27,6 +30,19 @@ def to_head_dim(head_dim: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         else (x if x.stride(-1) == 1 else x.contiguous())
         for x in tensors
     )
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The tensor, copied if a row or a head of it does not start at a multiple of 16 bytes.
+
+    Fused CUDA kernels read so much at a time. A view may start elsewhere, as do values that are
+    packed behind keys of an odd head dim.
+    """
+    size = x.element_size()
+    steps = (s * size for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
+    if x.data_ptr() % ALIGNMENT == 0 and all(step % ALIGNMENT == 0 for step in steps):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def round_up(number: int, multiple: int) -> int:

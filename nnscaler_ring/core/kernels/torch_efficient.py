@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnscaler_ring.core.kernels.cuts import fused_calls, is_top_left_causal
-from nnscaler_ring.core.kernels.head_dims import round_up, to_head_dim, with_lse_columns
+from nnscaler_ring.core.kernels.head_dims import (
+    aligned,
+    round_up,
+    to_head_dim,
+    with_lse_columns,
+)
 from nnscaler_ring.core.kernels.tile_math import (
     TileGradients,
     repeat_kv_heads,
@@ -93,6 +98,7 @@ class Efficient:
             dout, v, out = with_lse_columns(dout, v, out, dlse)
         q, k, v = _to_kernel(q, k, v)
         dout, out = to_head_dim(v.shape[-1], dout, out)
+        dout, out = aligned(dout), aligned(out.contiguous())  # it knows no stride of out's rows
         padding = round_up(nq, LSE_MULTIPLE) - nq
         no_dropout = q.new_empty((), dtype=torch.int64)
         dq, dk, dv, _ = aten._efficient_attention_backward(
@@ -101,7 +107,7 @@ class Efficient:
             k,
             v,
             None,
-            out.contiguous(),  # the kernel knows no stride of its rows
+            out,
             None,
             None,
             nq,
@@ -128,7 +134,8 @@ def _mask_type(nq: int, nk: int, window: tuple[int, int]) -> int | None:
 
 
 def _to_kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With head dims that are a multiple of 8, and as many heads in k and v as in q."""
+    """Aligned, with head dims that are a multiple of 8, and as many heads in k and v as in q."""
     q, k = to_head_dim(round_up(q.shape[-1], 8), q, k)
     (v,) = to_head_dim(round_up(v.shape[-1], 8), v)
-    return q, repeat_kv_heads(k, q.shape[2]), repeat_kv_heads(v, q.shape[2])
+    k, v = repeat_kv_heads(k, q.shape[2]), repeat_kv_heads(v, q.shape[2])
+    return aligned(q), aligned(k), aligned(v)

@@ -23,6 +23,7 @@ from nnscaler_ring.core.kernels.score_blocks import ScoreBlocks
 from nnscaler_ring.core.kernels.torch_cuda import Cudnn, TorchCuda
 from nnscaler_ring.core.kernels.torch_efficient import Efficient
 from nnscaler_ring.core.scores import Scores
+from nnscaler_ring.core.tile import Tile
 from tests.core.kernels.stand_ins import Aten
 from tests.core.kernels.test_reference import (
     HEAD_DIMS,
@@ -162,6 +163,59 @@ def test_packed_documents_are_one_call(aten):
     assert aten.calls == ["_flash_attention_forward", "_flash_attention_backward"]
 
 
+def test_packed_rows_that_see_no_key_between_documents_of_one_row():
+    """The longest segment has one row: what the libraries would take for decoding."""
+    kernel = KERNELS["flash"]
+    tiles = (Tile(0, 1, 0, 3), Tile(1, 2, 5, 9))
+    shape = Shape(2, 9, (-1, -1))
+    q, k, v, dout = inputs(shape, (4, 2), batch=1)
+    (call,) = kernel.calls(tiles, plain=True)
+    assert call.segments is not None and len(call.segments.q_bounds) == 4
+    options = {"exchange": OneDevice(*tiles), "kernel": kernel, "scores": Scores(0.3)}
+    out, lse = attention_forward(q, k, v, **options)
+    dq, *_ = attention_backward(dout, None, q, k, v, out, lse, **options)
+    for row, keys in ((0, slice(0, 3)), (1, slice(5, 9))):
+        tensors = q[:, row : row + 1], k[:, keys], v[:, keys], dout[:, row : row + 1]
+        expected = dense_gradients(*tensors, softmax_scale=0.3)
+        assert_close_float64(out[:, row : row + 1], expected[0], "out")
+        assert_close_float64(dq[:, row : row + 1], expected[2], "dq")
+
+
+@pytest.mark.parametrize("name", ["flash", "cudnn", "efficient"])
+def test_views_that_start_anywhere_are_copied(name):
+    """As v does that follows k in one buffer, and as a slice of channels does."""
+    shape = Shape(8, 8, (-1, 0))
+    q, k, v, dout = inputs(shape, (4, 2), (8, 8))
+
+    def moved(x):
+        wide = torch.empty(*x.shape[:-1], x.shape[-1] + 3, dtype=x.dtype)
+        wide[..., 1:-2] = x
+        behind = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+        return wide[..., 1:-2], behind.copy_(x)
+
+    for tensors in zip(*map(moved, (q, k, v, dout)), strict=True):
+        check_tile(KERNELS[name], shape, *tensors)
+
+
+def test_tiles_are_cut_where_offsets_of_32_bits_end():
+    """Of the rows of a segment, and of 128 for every segment."""
+    problem = replace(PROBLEM, num_heads=32, head_dim=128, v_head_dim=128)
+    kernel = FlashKernel("torch_cuda", AtenFlash(), problem)
+    most = (2**31 - 1) // (32 * 128)
+    tokens = 1 << 20
+    whole = Tile(0, tokens, 0, tokens, hi=0)
+    calls = kernel.calls((whole,), plain=True)
+    assert len(calls) == 3 and all(call.q.stop - call.q.start <= most for call in calls)
+    assert sum(tile.pairs() for call in calls for tile in call.tiles) == whole.pairs()
+    documents = tuple(Tile(n, n + 8, n, n + 8, hi=0) for n in range(0, tokens, 8))
+    for call in kernel.calls(documents, plain=True):
+        assert call.segments is not None
+        assert 8 + 128 * 3 * len(call.tiles) <= most
+    half = Tile(0, tokens // 2, 0, tokens // 2, hi=0)
+    problem = replace(PROBLEM, num_heads=16, head_dim=128, v_head_dim=128)
+    assert FlashKernel("torch_cuda", Cudnn(), problem).calls((half,), plain=True) == (half,)
+
+
 def test_bounds_are_made_once_per_schedule():
     flash_form._on_device.cache_clear()
     cu = (0, 3, 9, 10)
@@ -190,6 +244,16 @@ def test_cudnn_gets_the_lse_as_it_gave_it(aten, column):
     aten.cudnn_lse_column = column
     shape = Shape(8, 8, (-1, 0))
     check_tile(KERNELS["cudnn"], shape, *inputs(shape, (4, 2), (16, 16)))
+
+
+def test_cudnn_gets_dense_tensors_whatever_the_strides_of_q_and_dout():
+    """Its plans are kept by the strides of q, k and v: the stand-in refuses others."""
+    shape = Shape(8, 8, (-1, 0))
+    q, k, v, dout = inputs(shape, (4, 2), (8, 8))
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout)]
+    for tensors in ([*strided[:3], dout], [q, k, v, strided[3]]):
+        check_tile(KERNELS["cudnn"], shape, *tensors)
+    check_tile(KERNELS["cudnn"], shape, q, k, v, torch.ones(1, 1, 1, 1).double().expand_as(dout))
 
 
 def test_deterministic_switches_torch_for_the_call_alone(aten):
@@ -243,13 +307,3 @@ def test_what_it_refuses():
         assert "no bitwise repeatability" in refusal(deterministic=True, **changes)
     assert refusal(deterministic=True) is None
     assert refusal(deterministic=True, dtype=torch.float32) is None
-def test_cudnn_gets_dense_tensors_whatever_the_strides_of_q_and_dout():
-    """Its plans are kept by the strides of q, k and v: the stand-in refuses others."""
-    shape = Shape(8, 8, (-1, 0))
-    q, k, v, dout = inputs(shape, (4, 2), (8, 8))
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout)]
-    for tensors in ([*strided[:3], dout], [q, k, v, strided[3]]):
-        check_tile(KERNELS["cudnn"], shape, *tensors)
-    check_tile(KERNELS["cudnn"], shape, q, k, v, torch.ones(1, 1, 1, 1).double().expand_as(dout))
-
-
