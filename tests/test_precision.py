@@ -14,6 +14,7 @@ from tests.core.kernels.test_reference import one_thread  # noqa: F401
 from tests.core.test_engine import SCALE
 from tests.core.test_engine import run as run_in_one_process
 from tests.core.test_schedule import dense_problem
+from tests.one_gpu import attend_on_gpu
 from tests.oracle import dense_gradients, make_dout, make_qkv, visible
 from tests.ranks import RankPool
 from tests.tolerances import (
@@ -70,7 +71,7 @@ def case_of(
 
 
 def one_device(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """out, dq, dk, dv of F.scaled_dot_product_attention, document by document, on the CPU."""
+    """out, dq, dk, dv of one kernel call per document, on the CPU."""
     q, k, v, dout = (x.to(device) for x in case.inputs(dtype))
     if case.op != "varlen":
         return _attend(q, k, v, dout, case.causal, case.window_size)
@@ -91,11 +92,13 @@ def _attend(
     scale: float | None = None,
 ) -> list[Tensor]:
     tokens = q.shape[1]
+    if q.is_cuda:
+        options = {"causal": causal, "window_size": window_size, "scale": scale}
+        return [x.cpu() for x in attend_on_gpu(q, k, v, dout, **options)]
     mask = None
     if window_size != (-1, -1):
         hidden = ~visible(tokens, tokens, causal=causal, window_size=window_size)
         mask = torch.zeros(tokens, tokens, dtype=q.dtype).masked_fill(hidden, -torch.inf)
-        mask = mask.to(q.device)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
@@ -104,7 +107,7 @@ def _attend(
         enable_gqa=True,
         scale=scale,
     ).transpose(1, 2)
-    return [x.cpu() for x in (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))]
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
 def run_all(

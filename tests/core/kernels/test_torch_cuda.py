@@ -40,8 +40,9 @@ from tests.core.kernels.test_reference import (
 )
 from tests.core.test_engine import check as check_schedule
 from tests.core.test_schedule import packed_problem, random_problems
+from tests.one_gpu import attend_on_gpu
 from tests.oracle import dense_gradients
-from tests.tolerances import assert_close_float64
+from tests.tolerances import assert_close_float64, assert_close_relative
 
 PROBLEM = Problem("cuda", torch.bfloat16, 4, 2, 64, 64, compute_capability=(8, 0))
 
@@ -307,3 +308,19 @@ def test_what_it_refuses():
         assert "no bitwise repeatability" in refusal(deterministic=True, **changes)
     assert refusal(deterministic=True) is None
     assert refusal(deterministic=True, dtype=torch.float32) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [(-1, -1), (7, 3)], ids=str)
+def test_one_device_of_the_tests_on_a_gpu(aten, dtype, window):
+    """What they compare ranks with: half precision by flash-attention, whatever the size."""
+    q, k, v, dout = (x.to(dtype) for x in inputs(Shape(40, 40, window), (4, 2), (16, 16)))
+    for causal in (True, False):
+        options = {"causal": causal, "window_size": window}
+        expected = dense_gradients(q, k, v, dout, **options)
+        found = attend_on_gpu(q, k, v, dout, **options)
+        for actual, wanted in zip(found, [expected[0], *expected[2:]], strict=True):
+            assert_close_relative(actual.to(dtype), wanted, f"{options}")
+    name = "_efficient" if dtype == torch.float32 else "_flash"
+    assert all(call.startswith(name) for call in aten.calls)
+    assert aten.calls or dtype == torch.float32
