@@ -83,7 +83,8 @@ class Scores:
         dropout: Dropout | None = None,
     ) -> None:
         self.softmax_scale = softmax_scale
-        self.plain = not softcap and alibi_slopes is None and bias is None and dropout is None
+        self._by_position = not (alibi_slopes is None and bias is None and dropout is None)
+        self.plain = not softcap and not self._by_position
         assert self.plain or schedule is not None
         self._schedule = schedule
         self._rank = rank
@@ -101,8 +102,11 @@ class Scores:
         """For the tiles of a step whose keys are `rows`."""
         if self.plain or self._schedule is None:
             return StepScores(self, None, None)
-        queries = query_coordinates(self._schedule, self._rank).to(device)
-        return StepScores(self, queries, key_coordinates(self._schedule, rows).to(device))
+        queries = query_coordinates(self._schedule, self._rank)
+        keys = key_coordinates(self._schedule, rows)
+        if self._by_position:  # a softcap reads neither, and a copy to the device makes it wait
+            queries, keys = queries.to(device), keys.to(device)
+        return StepScores(self, queries, keys)
 
     def dbias(self) -> Tensor | None:
         """The gradient of bias once every tile's backward is done; None where it is not wanted."""

@@ -14,6 +14,7 @@ from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
 from nnscaler_ring.core.online_softmax import accumulation_dtype
 from nnscaler_ring.core.row_sum import RowSum
 from nnscaler_ring.core.scores import Scores
+from nnscaler_ring.core.tile import Tile
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
 from tests.core.test_exchange import dense_results, engine_inputs
 from tests.core.test_schedule import Problem, dense_problem, random_problems
@@ -176,3 +177,15 @@ def test_inputs_are_left_as_they_are():
         copies = [x.clone() for x in tensors]
         run(problem, *tensors, TorchCpu())
         assert all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True))
+
+
+def test_positions_are_copied_to_the_device_for_what_depends_on_them():
+    """A softcap does not; a copy from the host would make every step wait."""
+    problem = dense_problem("contiguous", "contiguous", (8,), True, (-1, -1))
+    slopes = torch.ones(1, 2)
+    for mods, place in (({"softcap": 2.0}, "cpu"), ({"alibi_slopes": slopes}, "meta")):
+        scores = Scores(SCALE, problem.schedule, 0, **mods)
+        mods_of_tile = scores.of_keys(((0, 0, 8),), torch.device("meta")).of(Tile(0, 4, 0, 4))
+        assert mods_of_tile is not None
+        for x in (*mods_of_tile.q, *mods_of_tile.k):
+            assert x.device.type == place

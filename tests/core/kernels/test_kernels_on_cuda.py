@@ -6,7 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nnscaler_ring.core.kernels import KERNELS, Problem, kernel_refusals, select_kernel
+from nnscaler_ring.core.kernels import (
+    KERNELS,
+    Problem,
+    flash_form,
+    kernel_refusals,
+    select_kernel,
+)
 from tests.core.kernels.test_reference import Shape, check_tile, inputs, random_shapes
 
 pytestmark = pytest.mark.cuda
@@ -54,3 +60,12 @@ def test_random_tiles_equal_dense(kernel):
         if kernel_refusals(replace(problem, dtype=dtype))[kernel] is None:
             tensors = (x.to(DEVICE, dtype) for x in inputs(shape, (4, 2), (16, 16)))
             check_tile(select_kernel(kernel, problem), shape, *tensors)
+
+
+def test_bounds_of_new_documents_do_not_wait_for_what_is_queued():
+    device = torch.zeros(1, device=DEVICE).device
+    flash_form._copied([0], device)  # the first pinned memory and stream
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    bounds = flash_form._copied([0, 3, 9], device)
+    assert not torch.cuda.current_stream(device).query()
+    assert bounds.dtype == torch.int32 and bounds.tolist() == [0, 3, 9]

@@ -217,6 +217,25 @@ def test_tiles_are_cut_where_offsets_of_32_bits_end():
     assert FlashKernel("torch_cuda", Cudnn(), problem).calls((half,), plain=True) == (half,)
 
 
+def test_float32_sums_are_short():
+    """Note [Sums of TF32 products]: squares on the diagonal, full ones below it, nothing twice."""
+    terms, kernel = torch_efficient.TERMS, KERNELS["efficient"]
+    causal = Tile(0, 4 * terms, 0, 4 * terms, hi=0)
+    calls = kernel.calls((causal,), plain=True)
+    assert sum(call.pairs() for call in calls) == causal.pairs()
+    assert sorted(call.window() for call in calls) == [(-1, -1)] * 6 + [(-1, 0)] * 4
+    assert all(max(call.q1 - call.q0, call.k1 - call.k0) <= terms for call in calls)
+    assert kernel.calls((causal._replace(q1=terms, k1=terms),), plain=True) == [
+        causal._replace(q1=terms, k1=terms)
+    ]
+
+
+def test_float32_in_short_sums_equals_dense(monkeypatch):
+    monkeypatch.setattr(torch_efficient, "TERMS", 5)
+    for shape in (Shape(17, 17, (-1, 0)), Shape(12, 17, (-1, -1)), Shape(17, 12, (3, 2))):
+        check_tile(KERNELS["efficient"], shape, *inputs(shape, (4, 2)))
+
+
 def test_bounds_are_made_once_per_schedule():
     flash_form._on_device.cache_clear()
     cu = (0, 3, 9, 10)
