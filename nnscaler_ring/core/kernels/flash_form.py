@@ -8,12 +8,17 @@ windows and causal are bottom-right aligned, in every segment.
 Note [What flash-attention reads otherwise]
     A row that sees no key has softmax_lse +inf or -inf; here it is -inf, and the backward gets
     +inf, which makes its probabilities 0. The backward checks neither the strides nor the dtype of
-    softmax_lse. A window edge that is not below the number of keys counts as unbounded, so a right
-    edge above 0 is right only where the keys are more: other tiles are cut at the row from which
-    every key is in reach. A packed call's bounds live on the device: they are made from integers,
-    once per schedule, so that a step never waits for the device. If no segment is longer than one
-    row, packed q is read as one row per segment, which fails where one has none: 2 is said then.
-    Memory is read 16 bytes at a time, wherever it starts.
+    softmax_lse. Memory is read 16 bytes at a time, wherever it starts.
+
+    A window edge that is not below the number of keys counts as unbounded; beside a left edge, an
+    unbounded right one counts as the number of keys (of the longest segment). So a right edge above
+    0, or a left one alone, is right only where the queries are not more than the keys. Other tiles
+    are cut where the first or the last key comes into reach, and tiles without an edge that have
+    more queries than keys are not in one call with tiles that have one.
+
+    A packed call's bounds live on the device: they are made from integers, once per schedule, so
+    that a step never waits for the device. If no segment is longer than one row, packed q is read
+    as one row per segment, which fails where one has none: 2 is said then.
 
 Note [Offsets of 32 bits]
     The backward of flash-attention 2 counts `(rows of a segment + 128 * segments) * heads *
@@ -45,7 +50,7 @@ from nnscaler_ring.core.kernels.head_dims import (
 from nnscaler_ring.core.kernels.score_blocks import blocks_backward
 from nnscaler_ring.core.kernels.tile_math import TileGradients
 from nnscaler_ring.core.scores import ScoreMods
-from nnscaler_ring.core.tile import UNBOUNDED, KernelCall, Segments, Tile, batched, trim
+from nnscaler_ring.core.tile import KernelCall, Segments, Tile, batched, trim
 
 MAX_HEAD_DIM = 256
 MOST_TILES = 1 << 12
@@ -202,9 +207,20 @@ def _calls(tiles: tuple[Tile, ...], row_size: int) -> tuple[KernelCall, ...]:
     pieces = [
         piece for tile in tiles for short in _of_rows(tile, rows) for piece in _within_reach(short)
     ]
-    alone = [piece for piece in pieces if piece.q1 - piece.q0 > rows // 2]
-    together = tuple(piece for piece in pieces if piece.q1 - piece.q0 <= rows // 2)
-    return *alone, *batched(together, min(MOST_TILES, max(1, rows // 2 // (3 * 128))))
+    groups: dict[bool, list[Tile]] = {False: [], True: []}
+    alone = []
+    for piece in pieces:
+        if piece.q1 - piece.q0 > rows // 2:
+            alone.append(piece)
+        else:
+            groups[_is_tall(piece)].append(piece)
+    most = min(MOST_TILES, max(1, rows // 2 // (3 * 128)))
+    return *alone, *(call for some in groups.values() for call in batched(tuple(some), most))
+
+
+def _is_tall(tile: Tile) -> bool:
+    """Without an edge, and of more rows than keys."""
+    return tile.window() == (-1, -1) and tile.q1 - tile.q0 > tile.k1 - tile.k0
 
 
 def _of_rows(tile: Tile, rows: int) -> Iterator[Tile]:
@@ -215,14 +231,20 @@ def _of_rows(tile: Tile, rows: int) -> Iterator[Tile]:
 
 
 def _within_reach(tile: Tile) -> Iterator[Tile]:
-    """The tile as tiles whose right edge is below their number of keys, or unbounded."""
-    if tile.hi == UNBOUNDED or tile.window()[1] < tile.k1 - tile.k0:
+    """The tile as tiles whose window the library reads as it is."""
+    # Note [What flash-attention reads otherwise].
+    left, right = tile.window()
+    keys = tile.k1 - tile.k0
+    if right >= keys:
+        cut = tile.k1 - tile.hi  # the first row that sees up to the last key and would see more
+    elif right < 0 <= left and tile.q1 - tile.q0 > keys:
+        cut = tile.k0 - tile.lo + 1  # the first row that does not see the first key
+    else:
         yield tile
         return
-    # Row `k1 - hi` is the first that sees up to the last key and would see more.
-    for part in (tile._replace(q1=tile.k1 - tile.hi), tile._replace(q0=tile.k1 - tile.hi)):
+    for part in (tile._replace(q1=cut), tile._replace(q0=cut)):
         if piece := trim(part):
-            yield piece
+            yield from _within_reach(piece)
 
 
 @lru_cache(maxsize=256)

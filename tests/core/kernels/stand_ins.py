@@ -25,7 +25,8 @@ class Form:
     Args:
         blind_lse: softmax_lse of a row that sees no key.
         padded_packed_lse: packed softmax_lse is [segments, h, longest], not [h, rows].
-        window_is_clamped: an edge that is not below the keys counts as unbounded.
+        window_is_clamped: an edge that is not below the keys counts as unbounded, and beside a
+            left edge an unbounded right one as the number of keys.
     """
 
     blind_lse: float = math.inf
@@ -81,6 +82,8 @@ def mask_of(nq: int, nk: int, causal: bool, window: tuple, longest_k: int, form:
     left, right = (-1 if edge is None or edge < 0 else edge for edge in window)
     if form.window_is_clamped:
         left, right = (-1 if edge >= longest_k else edge for edge in (left, right))
+        if left >= 0 and right < 0 and not causal:
+            right = longest_k
     if causal:
         right = 0
     return visible(nq, nk, window_size=(left, right))

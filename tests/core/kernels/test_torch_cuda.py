@@ -156,6 +156,28 @@ def test_the_library_gets_a_contiguous_lse():
         kernel.backward(dout, q, k, v, out, lse, None, **options)  # the stand-in refuses others
 
 
+@pytest.mark.parametrize("kernel_name", ["flash", "cudnn"])
+def test_a_left_edge_where_queries_are_many_more_than_keys(kernel_name):
+    """The library then reads an unbounded right edge as the number of keys."""
+    for shape in (Shape(12, 3, (0, -1)), Shape(9, 2, (1, -1)), Shape(30, 4, (2, 25))):
+        check_tile(KERNELS[kernel_name], shape, *inputs(shape, (4, 2)))
+
+
+def test_a_tall_tile_beside_tiles_with_a_left_edge():
+    """A full tile would do under any left edge, but for what that makes of the right one."""
+    tiles = (Tile(0, 12, 0, 2), Tile(12, 18, 2, 8, lo=-12))
+    kernel = KERNELS["flash"]
+    q, k, v, dout = inputs(Shape(18, 8, (-1, -1)), (4, 2), batch=1)
+    options = {"exchange": OneDevice(*tiles), "kernel": kernel, "scores": Scores(0.3)}
+    out, lse = attention_forward(q, k, v, **options)
+    dq, *_ = attention_backward(dout, None, q, k, v, out, lse, **options)
+    for tile in tiles:
+        tensors = q[:, tile.q], k[:, tile.k], v[:, tile.k], dout[:, tile.q]
+        expected = dense_gradients(*tensors, softmax_scale=0.3, window_size=tile.window())
+        assert_close_float64(out[:, tile.q], expected[0], "out")
+        assert_close_float64(dq[:, tile.q], expected[2], "dq")
+
+
 def test_packed_documents_are_one_call(aten):
     """64 documents, one rank: one forward and one backward call."""
     cu = tuple(range(0, 64 * 3 + 1, 3))
