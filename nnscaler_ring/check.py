@@ -2,6 +2,8 @@
 
 A rank computes the whole problem densely, calls the op with its own rows, and tells how far its
 rows of out, softmax_lse and the gradients are off. Shards are uneven, 6 heads share 2 KV heads.
+
+Source of dilated attention: Ding et al., "LongNet", arXiv 2307.02486.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from torch import Tensor
 from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.kernels import Problem
 from nnscaler_ring.core.layout import Contiguous, SequenceLayout, Zigzag
+from nnscaler_ring.dilated_attn import wrap_dilated_attn_func
 from nnscaler_ring.launch import Rank, run_ranks
 from nnscaler_ring.machine import usable_kernel
 from nnscaler_ring.ring_attn import wrap_ring_attn_func
 from nnscaler_ring.ring_attn_varlen import wrap_ring_attn_varlen_func
 from nnscaler_ring.zigzag_attn import wrap_zigzag_attn_func
 
-OPS = ("ring", "zigzag", "zigzag order", "varlen")
+OPS = ("ring", "zigzag", "zigzag order", "varlen", "dilated")
 HEADS, KV_HEADS, HEAD_DIM, V_HEAD_DIM = 6, 2, 16, 16
 TENSORS = ("out", "softmax_lse", "dq", "dk", "dv")
 
@@ -56,6 +59,9 @@ MASKS: dict[str, tuple[bool, tuple[int, int]]] = {
 
 QUICK_MASKS = ("causal", "left 40, right 5")
 
+SEGMENT_LENGTHS, DILATION_RATES = (24, 70, 1 << 20), (1, 2, 5)
+"""Of the branches of "dilated": shorter than a shard, across shards, and all tokens."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -74,6 +80,10 @@ class Case:
         third = self.tokens // 3
         return [0, third, third, third + 1, self.tokens]
 
+    def is_possible(self) -> bool:
+        """Whether the op has the mask: dilated attention has no windows."""
+        return self.op != "dilated" or MASKS[self.mask][1] == (-1, -1)
+
     def layout(self, world_size: int) -> SequenceLayout:
         """Uneven shards, except where the op's order says what a rank holds."""
         if self.op == "zigzag order":
@@ -87,12 +97,13 @@ def all_cases(ranks: int, *, quick: bool) -> list[Case]:
     """Everything with everything, or with `quick` fewer masks and shorter sequences."""
     # Beside any power of two. The long one is beyond the blocks that a kernel computes at once.
     tokens = 16 * ranks + 5 if quick else 300 * ranks + 5
-    return [
+    cases = (
         Case(op, exchange, mask, dtype, tokens)
         for op, mask, dtype, exchange in itertools.product(
             OPS, QUICK_MASKS if quick else MASKS, LIMITS, EXCHANGES
         )
-    ]
+    )
+    return [case for case in cases if case.is_possible()]
 
 
 def run_cases(
@@ -143,7 +154,8 @@ def _error(rank: Rank, case: Case) -> float:
     rows = torch.cat([torch.arange(s.position, s.position + s.length) for s in spans])
     mine = [x[:, rows].to(rank.device) for x in (q, k, v, dout)]
     actual = _call(case, rank, layout, *mine)
-    expected = _dense(case.tokens, case.dtype, case.mask, tuple(case.cu_seqlens()))
+    dilated = case.op == "dilated"
+    expected = _dense(case.tokens, case.dtype, case.mask, tuple(case.cu_seqlens()), dilated)
     return max(
         error_of(x.cpu(), dense.index_select(-1 if name == "softmax_lse" else 1, rows), case.dtype)
         for name, x, dense in zip(TENSORS, actual, expected, strict=True)
@@ -173,22 +185,25 @@ def _call(
     q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
     options: dict[str, Any] = {
         "causal": causal,
-        "window_size": window_size,
         "process_group": rank.group,
         "return_lse": True,
         "shard_lens": layout.shard_lens,
         "exchange": case.exchange,
         "kernel": kernel_for(case.dtype, rank.device.type),
     }
-    if case.op == "varlen":
+    if case.op == "dilated":
+        out, lse = wrap_dilated_attn_func(q, k, v, SEGMENT_LENGTHS, DILATION_RATES, **options)
+    elif case.op == "varlen":
         cu_seqlens = torch.tensor(case.cu_seqlens())
-        out, lse = wrap_ring_attn_varlen_func(q[0], k[0], v[0], cu_seqlens, cu_seqlens, **options)
+        out, lse = wrap_ring_attn_varlen_func(
+            q[0], k[0], v[0], cu_seqlens, cu_seqlens, window_size=window_size, **options
+        )
         out, lse = out[None], lse[None]
     elif case.op == "ring":
-        out, lse = wrap_ring_attn_func(q, k, v, **options)
+        out, lse = wrap_ring_attn_func(q, k, v, window_size=window_size, **options)
     else:
         order = "contiguous" if case.op == "zigzag" else "zigzag"
-        out, lse = wrap_zigzag_attn_func(q, k, v, **options, layout=order)
+        out, lse = wrap_zigzag_attn_func(q, k, v, window_size=window_size, layout=order, **options)
     return [x.detach() for x in (out, lse, *torch.autograd.grad(out, (q, k, v), dout))]
 
 
@@ -206,7 +221,7 @@ def _inputs(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Te
 
 @lru_cache(maxsize=1)
 def _dense(
-    tokens: int, dtype: torch.dtype, mask: str, cu_seqlens: tuple[int, ...]
+    tokens: int, dtype: torch.dtype, mask: str, cu_seqlens: tuple[int, ...], dilated: bool = False
 ) -> tuple[Tensor, ...]:
     """TENSORS by the definition in float64, from the inputs as they are in `dtype`."""
     inputs = _inputs(tokens, dtype)
@@ -214,7 +229,12 @@ def _dense(
     wide_k, wide_v = (x.repeat_interleave(HEADS // KV_HEADS, dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, wide_k) / math.sqrt(HEAD_DIM)
     # Every token sees itself in all masks of this file, so that no row is blind.
-    scores = scores.masked_fill(~_visible(tokens, mask, cu_seqlens), -math.inf)
+    masks = [_visible(tokens, mask, cu_seqlens)]
+    if dilated:
+        branches = zip(SEGMENT_LENGTHS, DILATION_RATES, strict=True)
+        masks = [masks[0] & _used_together(tokens, *branch) for branch in branches]
+    scores = torch.cat([scores.masked_fill(~m, -math.inf) for m in masks], dim=-1)
+    wide_v = torch.cat([wide_v] * len(masks), dim=1)
     out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), wide_v)
     gradients = torch.autograd.grad(out, (q, k, v), dout)
     return out.detach(), scores.detach().logsumexp(dim=-1), *gradients
@@ -232,3 +252,12 @@ def _visible(tokens: int, mask: str, cu_seqlens: tuple[int, ...]) -> Tensor:
     if causal or right >= 0:
         visible &= ahead <= (0 if causal else right)
     return visible
+
+
+def _used_together(tokens: int, segment: int, dilation: int) -> Tensor:
+    """Which query may see which key in a branch of dilated attention: bool [heads, q, k]."""
+    offset = torch.arange(HEADS) // (HEADS // KV_HEADS) % dilation
+    token = torch.arange(tokens)
+    used = token % segment % dilation == offset.unsqueeze(1)
+    same = token // segment == (token // segment).unsqueeze(1)
+    return used.unsqueeze(1) & used.unsqueeze(2) & same

@@ -17,13 +17,16 @@ import torch.distributed as dist
 
 from nnscaler_ring.core.kernels import Problem, auto_kernels, kernel_refusals, select_kernel
 
-PACKAGES = ("torch", "nnscaler", "flash-attn", "flash-attn-4", "transformer-engine", "triton")
-"""What changes results or speed; looked up, never imported: an import may take seconds or fail."""
+PACKAGES = ("nnscaler", "flash-attn", "flash-attn-4", "transformer-engine", "triton")
+"""What changes results or speed beside torch; looked up, never imported: that may take seconds or
+fail."""
 
 
 def package_versions() -> dict[str, str | None]:
     """Version of each package; None where it is not installed."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    # Metadata have torch's build, such as +cu130, for some of its wheels only.
+    known = {"python": platform.python_version(), "torch": torch.__version__}
+    return known | {name: _version(name) for name in PACKAGES}
 
 
 def _version(name: str) -> str | None:

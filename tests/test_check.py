@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from nnscaler_ring.check import (
+    DILATION_RATES,
     LIMITS,
     MASKS,
     OPS,
+    SEGMENT_LENGTHS,
     Case,
     _dense,
     _inputs,
@@ -18,6 +20,7 @@ from nnscaler_ring.check import (
     run_cases,
 )
 from nnscaler_ring.core.exchange import EXCHANGES
+from tests.dilated_oracle import dilated_gradients
 from tests.oracle import dense_gradients
 
 
@@ -40,9 +43,23 @@ def test_reference_equals_the_oracle(op, mask):
         torch.testing.assert_close(actual[0], expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("mask", ["causal", "full"])
+def test_reference_of_dilated_attention_equals_the_oracle(mask):
+    q, k, v, dout = _inputs(150, torch.float64)
+    branches = SEGMENT_LENGTHS, DILATION_RATES
+    expected = dilated_gradients(q, k, v, dout, None, *branches, causal=mask == "causal")
+    for actual, wanted in zip(
+        _dense(150, torch.float64, mask, (0, 150), True), expected, strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-13)
+
+
 def test_cases_are_the_product_of_everything():
     cases = all_cases(2, quick=False)
-    assert len(set(cases)) == len(OPS) * len(EXCHANGES) * len(MASKS) * len(LIMITS)
+    windows = sum(window != (-1, -1) for _, window in MASKS.values())
+    masks = len(OPS) * len(MASKS) - windows  # dilated attention has no windows
+    assert len(set(cases)) == masks * len(EXCHANGES) * len(LIMITS)
+    assert {case.op for case in cases} == set(OPS)
     assert set(all_cases(2, quick=True)) == {
         case for case in all_cases(2, quick=True) if case.mask in MASKS
     }

@@ -104,7 +104,7 @@ def test_user_errors_are_told_without_a_traceback(tmp_path, args, message):
 def test_check_quick_passes():
     done = run("check", "--quick")
     assert done.exit_code == 0, done.output
-    assert "All 72 calls over 2 ranks equal dense attention" in " ".join(done.output.split())
+    assert "All 81 calls over 2 ranks equal dense attention" in " ".join(done.output.split())
     for op in check.OPS:
         assert op in done.output
 
@@ -116,7 +116,7 @@ def test_check_with_a_wrong_result_fails(monkeypatch):
     monkeypatch.setattr(check_command, "run_cases", off)
     done = run("check", "--quick")
     assert done.exit_code == 1
-    assert "1 of 72 calls are off" in done.output
+    assert "1 of 81 calls are off" in done.output
     assert done.output.count("WRONG") == 1
     assert "1.0e+00" in done.output
 
