@@ -11,6 +11,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import GradientStep, Keys
-from nnscaler_ring.core.kernels import AttentionKernel, Problem, offer_of
+from nnscaler_ring.core.kernels import AttentionKernel, Problem, flash_form, offer_of
 from nnscaler_ring.core.online_softmax import accumulation_dtype
 from nnscaler_ring.core.row_sum import RowSum
 from nnscaler_ring.core.scores import Scores
@@ -99,12 +100,17 @@ def efficient_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_, **__) 
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(())
 
 
+def copied(integers: list[int], device: torch.device) -> Tensor:
+    """Bounds on the device; without a driver there is neither pinned memory nor a stream."""
+    return torch.tensor(integers, dtype=torch.int32, device=device)
+
+
 def main(name: str, compute_capability: str) -> None:
     major, minor = map(int, compute_capability.split("."))
     meta = torch.library.Library("aten", "IMPL", "Meta")
     meta.impl("_efficient_attention_backward", efficient_backward, allow_override=True)
     passed = refused = 0
-    with FakeTensorMode():
+    with FakeTensorMode(), patch.object(flash_form, "_copied", copied):
         for problem in problems((major, minor)):
             if reason := offer_of(name).supports(problem):
                 print(f"refused: {problem}: {reason}")
