@@ -36,11 +36,12 @@ def aligned(x: Tensor) -> Tensor:
     """The tensor, copied if a row or a head of it does not start at a multiple of 16 bytes.
 
     Fused CUDA kernels read so much at a time. A view may start elsewhere, as do values that are
-    packed behind keys of an odd head dim.
+    packed behind keys of an odd head dim. Expanded tensors are copied, too: cuDNN knows no stride
+    of 0.
     """
     size = x.element_size()
-    steps = (s * size for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
-    if x.data_ptr() % ALIGNMENT == 0 and all(step % ALIGNMENT == 0 for step in steps):
+    steps = [s * size for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+    if x.data_ptr() % ALIGNMENT == 0 and all(step and step % ALIGNMENT == 0 for step in steps):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

@@ -41,6 +41,7 @@ def check_aligned(*tensors: Tensor) -> None:
         steps = [size * s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
         assert x.stride(-1) == 1, (x.shape, x.stride())
         assert all(place % 16 == 0 for place in (x.data_ptr(), *steps)), (x.data_ptr(), steps)
+        assert all(steps), "cuDNN knows no stride of 0"
 
 
 def check_tensors(*tensors: Tensor) -> None:

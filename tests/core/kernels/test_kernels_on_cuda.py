@@ -64,7 +64,7 @@ def test_random_tiles_equal_dense(kernel):
 
 def test_bounds_of_new_documents_do_not_wait_for_what_is_queued():
     device = torch.zeros(1, device=DEVICE).device
-    flash_form._copied([0], device)  # the first pinned memory and stream
+    flash_form._copied([0, 1, 2], device)  # makes the pinned memory and the stream
     torch.cuda._sleep(2_000_000_000)  # about a second
     bounds = flash_form._copied([0, 3, 9], device)
     assert not torch.cuda.current_stream(device).query()

@@ -218,6 +218,8 @@ def test_views_that_start_anywhere_are_copied(name):
 
     for tensors in zip(*map(moved, (q, k, v, dout)), strict=True):
         check_tile(KERNELS[name], shape, *tensors)
+    k, v = (x[:, :, :1].expand_as(x) for x in (k, v))
+    check_tile(KERNELS[name], shape, q, k, v, dout)
 
 
 def test_tiles_are_cut_where_offsets_of_32_bits_end():
