@@ -30,7 +30,7 @@ DTYPES = (torch.float64, torch.float32, *HALF)
 CUDNN_HEAD_DIM = 128
 """cuDNN's kernels take larger ones on some devices and versions only."""
 CUDNN_ROWS = 128
-"""Below so many query rows or keys cuDNN has no advantage, and every shape costs it a plan."""
+"""Query rows and keys are a multiple of this, see `Cudnn`; and every other shape costs a plan."""
 
 
 class TorchCuda:
@@ -97,7 +97,7 @@ def has_cudnn(problem: Problem) -> bool:
 
 
 class Cudnn:
-    """cuDNN's attention for full and square causal tiles of some size, `AtenFlash` for the others.
+    """cuDNN's attention for full and square causal tiles of whole blocks, else `AtenFlash`.
 
     cuDNN's tensors are [b, h, rows, d], its causal mask is aligned at the top left corner. Its
     softmax_lse is [b, h, rows] or [b, h, rows, 1], depending on torch, which wants it back so.
@@ -106,6 +106,10 @@ class Cudnn:
     of out and dout: a plan made for others of theirs would read them wrongly, without an error. So
     in the backward pass q, out and dout are dense and alike, as in `scaled_dot_product_attention`,
     which shares the plans.
+
+    On Hopper its backward, at least in 9.19 to 9.26, may take what is behind the last row or key of
+    a block for a score of 0, which overflows to NaN where softmax_lse is below -88. So there must
+    be nothing behind: see pytorch/pytorch#196678 and NVIDIA/cudnn-frontend#1072.
     """
 
     def __init__(self) -> None:
@@ -162,7 +166,7 @@ def _is_for_cudnn(q: Tensor, k: Tensor, call: FlashCall) -> bool:
         call.packed is None
         and (call.left, call.right) == (-1, -1)
         and (not call.causal or q.shape[1] == k.shape[1])
-        and min(q.shape[1], k.shape[1]) >= CUDNN_ROWS
+        and q.shape[1] % CUDNN_ROWS == k.shape[1] % CUDNN_ROWS == 0
         # The columns of a gradient of the lse may have made it wider.
         and q.shape[-1] <= CUDNN_HEAD_DIM
     )

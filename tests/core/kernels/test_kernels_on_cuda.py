@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.kernels import (
     KERNELS,
     Problem,
@@ -13,7 +14,18 @@ from nnscaler_ring.core.kernels import (
     kernel_refusals,
     select_kernel,
 )
-from tests.core.kernels.test_reference import Shape, check_tile, inputs, random_shapes
+from nnscaler_ring.core.scores import Scores
+from tests.core.kernels.test_reference import (
+    SCALE,
+    OneDevice,
+    Shape,
+    check_tile,
+    inputs,
+    random_shapes,
+    tile_of,
+)
+from tests.oracle import dense_gradients
+from tests.tolerances import assert_close_relative
 
 pytestmark = pytest.mark.cuda
 
@@ -22,9 +34,11 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 CUDA_KERNELS = [name for name in KERNELS if name != "torch_cpu"]
 SHAPES = (
     Shape(300, 300, (-1, 0)),
+    Shape(384, 384, (-1, 0)),
     Shape(128, 640, (-1, -1)),
     Shape(640, 128, (-1, -1)),
     Shape(640, 128, (-1, 512)),  # taller than wide: cut at the row that sees every key
+    Shape(640, 128, (0, -1)),
     Shape(300, 300, (60, 0)),
     Shape(300, 300, (60, 90)),
     Shape(200, 500, (-1, 0)),
@@ -46,6 +60,34 @@ def test_tiles_equal_dense(kernel, dtype, dims):
         q, *others = inputs(shape, (6, 2), dims)
         q = q * 2 / dims[0] ** 0.5  # scores of the usual size, whatever the head dim
         check_tile(prepared, shape, *(x.to(DEVICE, dtype) for x in (q, *others)))
+
+
+@pytest.mark.parametrize("shape", [(384, 384, (-1, 0)), (192, 320, (-1, -1)), (1, 128, (-1, -1))])
+@pytest.mark.parametrize("kernel", CUDA_KERNELS)
+def test_a_softmax_lse_below_minus_88(kernel, shape):
+    """What is behind the last row or key must not count as a score of 0: its exp would overflow."""
+    problem = Problem(DEVICE, torch.bfloat16, 4, 2, 64, 64)
+    reason = kernel_refusals(problem)[kernel]
+    if reason is not None:
+        pytest.skip(f"{kernel}: {reason}")
+    q, k, v, dout = inputs(Shape(*shape), (4, 2), (64, 64))
+    q, k = q / 4, k / 4
+    q[..., 0], k[..., 0] = 1.0, -120 / SCALE
+    q, k, v, dout = (x.to(DEVICE, torch.bfloat16) for x in (q, k, v, dout))
+    options = {
+        "exchange": OneDevice(tile_of(Shape(*shape))),
+        "kernel": select_kernel(kernel, problem),
+        "scores": Scores(SCALE),
+    }
+    out, lse = attention_forward(q, k, v, **options)
+    found = out, *attention_backward(dout, None, q, k, v, out, lse, **options)[:3]
+    expected = dense_gradients(q, k, v, dout, softmax_scale=SCALE, window_size=shape[2])
+    for name, actual, wanted in zip(
+        ("out", "dq", "dk", "dv"), found, (expected[0], *expected[2:]), strict=True
+    ):
+        if name == "dq":  # its first channel is a sum that cancels to 0
+            actual, wanted = actual[..., 1:], wanted[..., 1:]
+        assert_close_relative(actual, wanted, f"{name} of {kernel}")
 
 
 @pytest.mark.parametrize("kernel", CUDA_KERNELS)

@@ -52,7 +52,7 @@ def aten(monkeypatch):
     stand_in = Aten()
     for module in (aten_flash, torch_cuda, torch_efficient):
         monkeypatch.setattr(module, "aten", stand_in)
-    monkeypatch.setattr(torch_cuda, "CUDNN_ROWS", 4)
+    monkeypatch.setattr(torch_cuda, "CUDNN_ROWS", 1)
     torch_cuda._has_lse_column.cache_clear()
     yield stand_in
     torch_cuda._has_lse_column.cache_clear()
@@ -269,13 +269,17 @@ def test_bounds_are_made_once_per_schedule():
     assert flash_form._on_device.cache_info()[:2] == (5, 1)  # hits, misses
 
 
-def test_cudnn_takes_dense_tiles_without_a_window(aten):
+def test_cudnn_takes_dense_tiles_of_whole_blocks_without_a_window(aten, monkeypatch):
+    monkeypatch.setattr(torch_cuda, "CUDNN_ROWS", 4)
     for shape, used in (
         (Shape(8, 8, (-1, 0)), True),
         (Shape(8, 12, (-1, -1)), True),
         (Shape(8, 12, (-1, 0)), False),
         (Shape(8, 8, (3, 0)), False),
         (Shape(3, 8, (-1, -1)), False),
+        (Shape(6, 8, (-1, -1)), False),
+        (Shape(8, 10, (-1, -1)), False),
+        (Shape(6, 6, (-1, 0)), False),
     ):
         aten.calls.clear()
         check_tile(KERNELS["cudnn"], shape, *inputs(shape))
