@@ -224,6 +224,33 @@ def test_wrong_agreement_timeouts_are_refused(group, seconds, error, message):
         set_agreement_timeout(group, seconds)
 
 
+def make_a_group_of_a_world_bound_to_a_gpu(ranks: list[int]) -> bool:
+    """As after init_process_group(device_id=...): whether torch would split the group off."""
+    world, device = dist.group.WORLD, torch.device("cuda", 0)
+    set_agreement_timeout(world, 20.0)  # the machine may be busy
+    splits = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(c10d, "_get_split_source", splits.append)
+        world.bound_device_id = device
+        try:
+            if dist.get_rank() != 1:
+                group_string([2, 0])
+            assert world.bound_device_id == device
+        finally:
+            world.bound_device_id = None
+    if dist.get_rank() != 1:
+        check_order([2, 0], [2, 0])
+    dist.barrier()
+    return bool(splits)
+
+
+def test_a_group_is_not_split_off_a_world_whose_other_ranks_do_not_take_part():
+    outcomes = run_fresh(3, make_a_group_of_a_world_bound_to_a_gpu, timeout_seconds=23.0)
+    assert [outcome.value for outcome in outcomes] == [False] * 3, [
+        outcome.describe() for outcome in outcomes
+    ]
+
+
 # Ranks that pass different groups.
 
 
