@@ -54,7 +54,7 @@ class GeneratedInputs:
     device: str = "cpu"
 
     def rows(self, name: str, tokens: Tensor) -> Tensor:
-        """Made anew at every call; on a CPU in pieces that stay in its cache, else in large ones."""
+        """Made anew at every call; on a CPU in pieces that fit its cache, else in large ones."""
         s = self.sizes
         heads = s.num_heads if name in ("q", "dout") else s.num_kv_heads
         head_dim = s.head_dim if name in ("q", "k") else s.v_head_dim
