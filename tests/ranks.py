@@ -6,6 +6,7 @@ rank may be killed at any time.
 """
 
 import faulthandler
+import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -111,6 +112,8 @@ def _attempt(seed: int, call: Callable[[], Any]) -> bytes:
 def _serve(connection: Connection, rank: int, rendezvous: Rendezvous) -> None:
     """The life of a rank: join the group, then answer calls until the parent hangs up."""
     torch.set_num_threads(1)
+    # A rank's first op imports it, which takes a loaded machine longer than ranks wait to agree.
+    importlib.import_module("torch._dynamo")
     stack_file = rendezvous.stack_file(rank).open("w")  # open for life: the handler writes to it
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     connection.send_bytes(_attempt(rank, lambda: None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -120,7 +121,8 @@ def _find(
 
 def _time(text: str, zone: ZoneInfo, seen: set[datetime], where: str) -> np.datetime64:
     try:
-        time = datetime.fromisoformat(text.strip())
+        # Python 3.10 does not read the Z.
+        time = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text.strip()))
     except ValueError:
         raise ValueError(
             f"times must be like '2024-01-31 05:00', got {text!r} in {where}."
