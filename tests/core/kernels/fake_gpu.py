@@ -1,0 +1,124 @@
+"""A kernel's calls on tensors that only say that they are on a GPU: a program.
+
+    python -m tests.core.kernels.fake_gpu flash_attn_4 9.0
+
+FakeTensorMode of a CUDA build of torch runs everything but the kernels, whatever package they are
+from: arguments, shapes, dtypes and strides are checked by that package's own code. FlashAttention-4
+also compiles its kernels for the compute capability. The last line says how many calls passed.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nnscaler_ring.core.engine import attention_backward, attention_forward
+from nnscaler_ring.core.exchange import GradientStep, Keys
+from nnscaler_ring.core.kernels import AttentionKernel, Problem, offer_of
+from nnscaler_ring.core.online_softmax import accumulation_dtype
+from nnscaler_ring.core.row_sum import RowSum
+from nnscaler_ring.core.scores import Scores
+from nnscaler_ring.core.tile import Tile, trim
+
+SQUARE = Tile(0, 300, 0, 300, hi=0)
+TILES = {
+    "causal": (SQUARE,),
+    "full": (Tile(0, 130, 0, 300),),
+    "window": (Tile(0, 300, 0, 300, lo=-100, hi=0),),
+    "documents": (Tile(0, 100, 0, 100, hi=0), Tile(100, 300, 100, 300, hi=0)),
+    "one row": (Tile(0, 1, 0, 300),),
+}
+HEADS = ((4, 2), (3, 3))
+HALF = (torch.bfloat16, torch.float16)
+HEAD_DIMS = ((64, 64), (128, 128), (40, 24), (112, 112), (192, 128), (256, 256))
+
+
+class Local:
+    """A KVExchange without other ranks."""
+
+    def __init__(self, tiles: tuple[Tile, ...], k: Tensor, v: Tensor) -> None:
+        trimmed = [trim(tile) for tile in tiles]
+        self.keys = Keys(k, v, [tile for tile in trimmed if tile], ((0, 0, k.shape[1]),))
+        self.sums = RowSum(k), RowSum(v)
+
+    def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
+        yield self.keys
+
+    def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
+        yield GradientStep(*self.keys, *self.sums)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        return self.sums[0].current(), self.sums[1].current()
+
+
+def both_passes(
+    kernel: AttentionKernel, problem: Problem, tiles: tuple[Tile, ...], lse_gradient: bool
+) -> None:
+    """Forward and backward of a batch of two, and of every tensor its shape and dtype."""
+    rows, keys = max(t.q1 for t in tiles), max(t.k1 for t in tiles)
+    like: Any = {"dtype": problem.dtype, "device": "cuda:0"}
+    q = torch.empty(2, rows, problem.num_heads, problem.head_dim, **like)
+    k = torch.empty(2, keys, problem.num_kv_heads, problem.head_dim, **like)
+    v = torch.empty(2, keys, problem.num_kv_heads, problem.v_head_dim, **like)
+    scores = Scores(0.1)
+    out, lse = attention_forward(q, k, v, exchange=Local(tiles, k, v), kernel=kernel, scores=scores)
+    assert out.shape == (*q.shape[:3], problem.v_head_dim) and out.dtype == q.dtype
+    assert lse.shape == (2, problem.num_heads, rows)
+    assert lse.dtype == accumulation_dtype(q.dtype)
+    dlse = torch.empty_like(lse) if lse_gradient else None
+    gradients = attention_backward(
+        torch.empty_like(out),
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        exchange=Local(tiles, k, v),
+        kernel=kernel,
+        scores=scores,
+    )
+    for found, of in zip(gradients[:3], (q, k, v), strict=True):
+        assert found.shape == of.shape and found.dtype == of.dtype
+
+
+def problems(compute_capability: tuple[int, int]) -> Iterator[Problem]:
+    for heads, dims, dtype in (
+        *((HEADS[0], dims, dtype) for dims in HEAD_DIMS for dtype in HALF),
+        *((HEADS[1], HEAD_DIMS[0], dtype) for dtype in (*HALF, torch.float32, torch.float64)),
+    ):
+        yield Problem("cuda", dtype, *heads, *dims, compute_capability=compute_capability)
+
+
+def efficient_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_, **__) -> tuple:
+    """Shapes of torch's operator; torch 2.13's own function of them lacks the argument `out`."""
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(())
+
+
+def main(name: str, compute_capability: str) -> None:
+    major, minor = map(int, compute_capability.split("."))
+    meta = torch.library.Library("aten", "IMPL", "Meta")
+    meta.impl("_efficient_attention_backward", efficient_backward, allow_override=True)
+    passed = refused = 0
+    with FakeTensorMode():
+        for problem in problems((major, minor)):
+            if reason := offer_of(name).supports(problem):
+                print(f"refused: {problem}: {reason}")
+                refused += 1
+                continue
+            kernel = offer_of(name).prepared(problem)
+            for (what, tiles), lse_gradient in itertools.product(TILES.items(), (False, True)):
+                try:
+                    both_passes(kernel, problem, tiles, lse_gradient)
+                except Exception as error:
+                    raise AssertionError(f"{what}, {lse_gradient=}: {problem}") from error
+                passed += 1
+    print(f"{passed} calls passed, {refused} problems refused")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
