@@ -173,7 +173,8 @@ def test_a_case_that_fails_is_told_in_its_row_and_costs_no_other(
 
 def test_ranks_that_are_wrong_are_told(monkeypatch, tmp_path):
     monkeypatch.setitem(command.LIMITS, "float32", 1e-12)
-    output, rows = bench("cpu", tmp_path / "rows.jsonl", "--tokens", "256", exit_code=1)
+    more = ["--tokens", "256", "--only", "causal 256"]
+    output, rows = bench("cpu", tmp_path / "rows.jsonl", *more, exit_code=1)
     assert all("WRONG: ranks are" in row["error"] and row["results"] for row in rows)
     assert "WRONG" in output
 
