@@ -29,6 +29,27 @@ def package_versions() -> dict[str, str | None]:
     return known | {name: _version(name) for name in PACKAGES}
 
 
+def cuda_versions() -> dict[str, str | None]:
+    """Of what stands below torch on a GPU; None for what this torch or this machine has not."""
+    cudnn = torch.backends.cudnn.version()
+    nccl = torch.cuda.nccl.version() if dist.is_available() and dist.is_nccl_available() else None
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": None if cudnn is None else str(cudnn),
+        "nccl": None if nccl is None else ".".join(map(str, nccl)),
+        "driver": _driver_version(),
+    }
+
+
+def _driver_version() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.partition("\n")[0].strip() or None
+
+
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)

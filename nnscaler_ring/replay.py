@@ -7,12 +7,13 @@ fast several devices are.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ from nnscaler_ring.simulator.stand_in import Answer, StandIn
 
 MODELLED = "h200"
 """The cluster whose links stand for the communication."""
+
+MERGES = 20
+"""Timed together: one alone may take less time than its launch."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,10 @@ class Case:
 
 
 def cases(tokens: Sequence[int], **fields: Any) -> list[Case]:
-    """Causal attention of every length; of the middle one also documents and a window."""
+    """Causal attention of every length; of the middle one also documents and a window.
+
+    The least work first: a run that is cut off has lost the fewest cases.
+    """
     middle = sorted(tokens)[len(tokens) // 2]
     plain = [Case(count, **fields) for count in tokens]
     some = [
@@ -98,11 +105,8 @@ def cases(tokens: Sequence[int], **fields: Any) -> list[Case]:
         Case(middle, documents=64, **fields),
         Case(middle, window=middle // 32, **fields),
     ]
-    return [
-        Case(**{**asdict(case), "backward": backward})
-        for case in some
-        for backward in (False, True)
-    ]
+    chosen = [replace(case, backward=backward) for case in some for backward in (False, True)]
+    return sorted(chosen, key=flops)
 
 
 @dataclass
@@ -251,7 +255,10 @@ def measure(case: Case, device: torch.device, *, reps: int) -> dict[str, Any]:
     """The case on one device as a whole, and rank by rank: seconds, and what follows from them.
 
     `kept_fraction` is t(one device) / sum of t(rank): 1 if the schedules cost nothing.
+    `peak_bytes` is torch's CUDA allocator's, None on the CPU.
     """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     watch, replay = Stopwatch(device), Replay.of(case, device)
     one_device = _times(watch, replay.of_rank(1, 0, watch.aside), reps)
     whole = replay.of_rank(1, 0, watch.aside)()
@@ -267,21 +274,31 @@ def measure(case: Case, device: torch.device, *, reps: int) -> dict[str, Any]:
         rank_seconds.append(_times(watch, replay.of_rank(case.ranks, rank, watch.aside), reps))
     medians = [statistics.median(some) for some in rank_seconds]
     one = statistics.median(one_device)
-    sdpa = replay.sdpa()
-    flops = _flops(case)
     return {
         "kernel": replay.kernel.name,
         "one_device_seconds": one_device,
         "seconds_by_rank": rank_seconds,
-        "sdpa_seconds": None if sdpa is None else _times(watch, sdpa, reps),
+        **sdpa_seconds(watch, replay, reps),
         "kept_fraction": one / sum(medians),
         "busiest_rank_over_mean": max(medians) * case.ranks / sum(medians),
-        "kernel_tflops_per_second": flops / one / 1e12,
-        "schedules_tflops_per_second": flops / sum(medians) / 1e12,
+        "kernel_tflops_per_second": flops(case) / one / 1e12,
+        "schedules_tflops_per_second": flops(case) / sum(medians) / 1e12,
         "merge": merge_bandwidth(watch, replay, reps=reps),
         "relative_l2_to_one_device": max(errors),
         "modelled_communication": modelled_communication(case, traffic, medians),
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
+
+
+def sdpa_seconds(watch: Stopwatch, replay: Replay, reps: int) -> dict[str, Any]:
+    """Of F.scaled_dot_product_attention, or why it has none: it may need whole score matrices."""
+    run = replay.sdpa()
+    if run is None:
+        return {"sdpa_seconds": None, "sdpa_refusal": "it has no such mask without a tensor of it"}
+    try:
+        return {"sdpa_seconds": _times(watch, run, reps), "sdpa_refusal": None}
+    except RuntimeError as error:
+        return {"sdpa_seconds": None, "sdpa_refusal": str(error).partition("\n")[0]}
 
 
 def merge_bandwidth(watch: Stopwatch, replay: Replay, *, reps: int) -> dict[str, float]:
@@ -295,7 +312,12 @@ def merge_bandwidth(watch: Stopwatch, replay: Replay, *, reps: int) -> dict[str,
     out = block.to(torch.float32)
     lse = torch.zeros(1, rows, case.num_heads, device=replay.device).transpose(1, 2)
     block_lse = torch.zeros(1, case.num_heads, rows, device=replay.device)
-    seconds = statistics.median(_times(watch, lambda: merge_(out, lse, block, block_lse), reps))
+
+    def run() -> None:
+        for _ in range(MERGES):
+            merge_(out, lse, block, block_lse)
+
+    seconds = statistics.median(_times(watch, run, reps)) / MERGES
     least = block.nbytes + 2 * out.nbytes + block_lse.nbytes + 2 * lse.nbytes
     return {"rows": rows, "seconds": seconds, "least_bytes_per_second": least / seconds}
 
@@ -327,17 +349,22 @@ def _times(watch: Stopwatch, run: Callable[[], object], reps: int) -> list[float
     return [watch.seconds(run) for _ in range(reps)]
 
 
-def _flops(case: Case) -> int:
+def flops(case: Case) -> int:
+    """Floating-point operations of one run on one device."""
     call = case.call(1)
     pairs = sum(tile.pairs() for tile in call.schedule.tiles(0, (0,)))
-    flops = call.sizes.flops(pairs, backward=False)
-    return flops + call.sizes.flops(pairs, backward=True) if case.backward else flops
+    forward = call.sizes.flops(pairs, backward=False)
+    return forward + call.sizes.flops(pairs, backward=True) if case.backward else forward
 
 
 def _largest_difference(
     case: Case, rank: int, mine: tuple[Tensor, Tensor | None], whole: tuple[Tensor, Tensor | None]
 ) -> float:
-    """Relative L2 of a rank's out and dq to the rows of one device."""
+    """Relative L2 of a rank's out and dq to the rows of one device.
+
+    Raises:
+        RuntimeError: one of them is not finite.
+    """
     call = case.call(case.ranks)
     tokens = call.tokens_of(call.schedule.q_layout, rank)
     errors = [0.0]
@@ -346,4 +373,7 @@ def _largest_difference(
             expected = y[:, tokens.to(y.device)].float()
             size = torch.linalg.vector_norm(expected)
             errors.append(float(torch.linalg.vector_norm(x.float() - expected) / size))
+    # max() passes over nan.
+    if not all(map(math.isfinite, errors)):
+        raise RuntimeError(f"rank {rank}'s results are not finite, or one device's are not.")
     return max(errors)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nnscaler_ring import wrap_ring_attn_func, wrap_ring_attn_varlen_func, wrap_zigzag_attn_func
 from nnscaler_ring.core.layout import LAYOUTS
+from nnscaler_ring.core.online_softmax import merge_
 from tests.oracle import dense_gradients, make_dout, make_qkv, random_cu_seqlens
 from tests.ranks import RankPool
 from tests.tolerances import assert_close_float64
@@ -127,6 +128,20 @@ def random_packings(seed: int, count: int) -> Iterator[Case]:
 def sample(cases: Iterator[Case], count: int, seed: int) -> list[Case]:
     """A repeatable random sample, the same cost per number of ranks."""
     return random.Random(seed).sample(list(cases), count)
+
+
+def start_on(ranks: list[int], device: str) -> None:
+    """What a process does once on a device: its context, its libraries, kernels that are compiled.
+
+    It may take longer than ranks wait for each other, and not all ranks of a test come to it at
+    the same time.
+    """
+    q = torch.ones(1, 4, 2, 8, dtype=torch.float64, device=device, requires_grad=True)
+    out, lse = wrap_ring_attn_func(q, q, q, return_lse=True)
+    out.sum().backward()
+    merge_(out.detach(), lse.detach(), q.detach(), lse.detach())
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def check(

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.ranks import RankPool
+from tests.cases import start_on
+from tests.ranks import START_SECONDS, RankPool
 
 # The same examples in every run: a red build must mean a change of the code.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -43,6 +44,9 @@ def device(request: pytest.FixtureRequest) -> str:
     All ranks of the pool then share one GPU, over gloo.
     """
     name: str = request.param
+    if name == "cuda" and "pool" in request.fixturenames:
+        pool: RankPool = request.getfixturevalue("pool")
+        pool.run(pool.size, start_on, name, timeout=START_SECONDS)
     return name
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nnscaler_ring.core.groups import group_of, group_string
+from tests.cases import start_on
 from tests.oracle import (
     dense_attention,
     dense_gradients,
@@ -104,6 +105,11 @@ def test_pool_runs_on_chosen_ranks_in_the_given_order(pool):
         (1, 1, pool.size),
         (2, 0, pool.size),
     ]
+
+
+def test_pool_starts_on_a_device(pool):
+    """What the fixture `device` has every rank do before a test on a GPU."""
+    assert pool.run(pool.size, start_on, "cpu") == [None] * pool.size
 
 
 def test_pool_ranks_reach_one_another_in_a_subgroup(pool):

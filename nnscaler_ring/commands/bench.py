@@ -55,6 +55,12 @@ CLUSTER_FILE = Path("this_machine.json")
 )
 @click.option("--ranks", default=8, show_default=True, type=click.IntRange(2), help="--device.")
 @click.option("--reps", default=5, show_default=True, type=click.IntRange(1), help="--device.")
+@click.option(
+    "--only",
+    multiple=True,
+    help="--device: cases with this text in their label, as printed; may be repeated.",
+)
+@click.option("--commit", help="--device: of the source, for the rows, where there is no git.")
 def bench(
     wanted: bool,
     device: str | None,
@@ -64,6 +70,8 @@ def bench(
     tokens: tuple[int, ...],
     ranks: int,
     reps: int,
+    only: tuple[str, ...],
+    commit: str | None,
 ) -> None:
     """Measure this machine; benchmarks/ has the benchmarks of the library on CPU ranks."""
     if wanted == (device is not None):
@@ -71,8 +79,8 @@ def bench(
     console = Console()
     if device is not None:
         with usage_errors():
-            replay(console, device, tokens, ranks, reps, out)
-        return
+            is_right = replay(console, device, tokens, ranks, reps, out, only, commit)
+        sys.exit(not is_right)
     _calibrate(console, out or CLUSTER_FILE, report, cases)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nnscaler_ring import __version__
-from nnscaler_ring.machine import devices, kernel_table, package_versions
+from nnscaler_ring.machine import cuda_versions, devices, kernel_table, package_versions
 
 
 @click.command()
@@ -19,7 +19,7 @@ def info(as_json: bool) -> None:
     """Versions, devices, and which kernel computes what here."""
     facts: dict[str, Any] = {
         "nnscaler_ring": __version__,
-        "versions": package_versions(),
+        "versions": package_versions() | cuda_versions(),
         "devices": devices(),
         "kernels": kernel_table(),
     }

@@ -8,6 +8,7 @@ import platform
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -18,8 +19,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nnscaler_ring.machine import device_name, device_types, package_versions, source_commit
+from nnscaler_ring.machine import (
+    cuda_versions,
+    device_name,
+    device_types,
+    package_versions,
+    source_commit,
+)
 from nnscaler_ring.replay import Case, cases, measure
+from nnscaler_ring.simulator.simulation import LIMITS
 
 TOKENS = {"cuda": (65536, 131072, 524288), "cpu": (2048, 4096, 8192)}
 FIELDS: dict[str, dict[str, Any]] = {
@@ -35,43 +43,83 @@ NOTE = (
 
 
 def replay(
-    console: Console, device: str, tokens: Sequence[int], ranks: int, reps: int, out: Path | None
-) -> None:
+    console: Console,
+    device: str,
+    tokens: Sequence[int],
+    ranks: int,
+    reps: int,
+    out: Path | None,
+    only: Sequence[str] = (),
+    commit: str | None = None,
+) -> bool:
     """Measure every case, print each as it is done, and append its row to a file.
 
+    `only`: texts; the cases that have one of them in their label. `commit`: of the source, where
+    there is no git checkout to ask.
+
+    Returns:
+        Whether all cases were measured, and right.
+
     Raises:
-        ValueError: this machine has no such device.
+        ValueError: this machine has no such device, there is no such case, or git knows another
+            commit.
     """
     if device not in device_types():
         raise ValueError(
             f"device {device} must be one that torch finds here, {device_types()}; it needs a GPU "
             f"and a CUDA build of torch, this is {torch.__version__}."
         )
+    known = cases(tokens or TOKENS[device], ranks=ranks, **FIELDS[device])
+    chosen = [case for case in known if not only or any(text in case.label for text in only)]
+    if not chosen:
+        labels = ", ".join(repr(case.label) for case in known)
+        raise ValueError(f"only must be a part of one of {labels}, got {list(only)}.")
+    source = _source(commit)
     rows = []
-    for case in cases(tokens or TOKENS[device], ranks=ranks, **FIELDS[device]):
-        row = make_row(case, device, reps)
+    for case in chosen:
+        row = make_row(case, device, reps, source)
         rows.append(row)
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
-        console.print(f"{case.label}: {row['error'] or 'done'}", highlight=False)
+        told = row["error"] or f"done in {row['took_seconds']:.0f} s"
+        console.print(f"{case.label}: {told}", highlight=False)
     console.print(f"{device_name(device)}, {case.shape}, {ranks} ranks", highlight=False)
     console.print(_table(rows))
     modelled = [row["results"]["modelled_communication"] for row in rows if row["results"]]
     if modelled:
         console.print(NOTE.format(modelled[0]["cluster"]), highlight=False)
     console.print(f"rows: {out}" if out else "rows: not kept; give --out to keep them")
+    return not any(row["error"] for row in rows)
 
 
-def make_row(case: Case, device: str, reps: int) -> dict[str, Any]:
-    """A whole row, as those of benchmarks/rows.py."""
+def _source(commit: str | None) -> dict[str, Any]:
+    """The commit that git knows, else the one that was given."""
+    source = source_commit()
+    if source["commit"] is None:
+        return source | {"commit": commit}
+    if commit is not None and commit != source["commit"]:
+        raise ValueError(
+            f"commit must be that of the checkout, {source['commit']}, got {commit}; leave it out."
+        )
+    return source
+
+
+def make_row(case: Case, device: str, reps: int, source: dict[str, Any]) -> dict[str, Any]:
+    """A whole row, as those of benchmarks/rows.py; `source`: commit, and whether it has changes."""
     results: dict[str, Any] = {}
     error = None
+    start = time.monotonic()
     try:
         results = measure(case, torch.device(device), reps=reps)
+        limit, found = LIMITS[case.dtype], results["relative_l2_to_one_device"]
+        if found > limit:
+            error = f"WRONG: ranks are {found:.1e} off one device, more than {limit:g}"
     except torch.OutOfMemoryError as problem:
         error = f"out of memory: {problem}".splitlines()[0]
+    except RuntimeError as problem:  # one kernel that fails must not cost the other cases
+        error = f"failed: {problem}".splitlines()[0]
     samples = results.get("one_device_seconds", [])
     return {
         "part": "replay",
@@ -95,8 +143,9 @@ def make_row(case: Case, device: str, reps: int) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "system": platform.platform(),
         },
-        "versions": package_versions() | {"cuda": torch.version.cuda},
-        **source_commit(),
+        "took_seconds": time.monotonic() - start,
+        "versions": package_versions() | cuda_versions(),
+        **source,
         "command": shlex.join(["nnscaler-ring", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

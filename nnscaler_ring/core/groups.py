@@ -12,7 +12,8 @@ import operator
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from numbers import Real
@@ -232,12 +233,28 @@ def _new_group_of_members(
     backend, store = c10d._world.pg_map[world]
     name = cast("c10d.GroupName", "nnscaler_ring/" + ",".join(map(str, members)))
     position = members.index(dist.get_rank())
-    group, _ = c10d._new_process_group_helper(
-        len(members), position, list(members), backend, store, name, timeout=timeout
-    )
+    with _without_split(world):
+        group, _ = c10d._new_process_group_helper(
+            len(members), position, list(members), backend, store, name, timeout=timeout
+        )
     c10d._world.pg_group_ranks[group] = {rank: n for n, rank in enumerate(members)}
     _state_of(group).agreement_seconds = _state_of(world).agreement_seconds
     return cast(dist.ProcessGroup, group)
+
+
+@contextmanager
+def _without_split(world: dist.ProcessGroup) -> Iterator[None]:
+    """Groups made inside get connections of their own.
+
+    After init_process_group(device_id=...) torch splits them off the world's NCCL communicator,
+    which waits for every rank of the world, and only the members are here.
+    """
+    device = world.bound_device_id
+    world.bound_device_id = None
+    try:
+        yield
+    finally:
+        world.bound_device_id = device
 
 
 def _meet(world: dist.ProcessGroup, members: tuple[int, ...], seconds: float) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from nnscaler_ring.core.layout import SequenceLayout, Span
 from nnscaler_ring.core.transport import Message, Transport
 
+RUNS_APART = 2
+"""So many runs to a rank are messages of their own, without a copy where they are one piece; more,
+as of many documents, are packed into one: NCCL may hang in a post of a thousand messages."""
+
 
 class Run(NamedTuple):
-    """Rows that this rank exchanges with the rank of another block, as one message."""
+    """Rows that this rank exchanges with the rank of another block."""
 
     block: int
     rows: slice
@@ -61,16 +67,24 @@ def move_rows(
     receives: list[Message] = []
     arrivals: list[tuple[Tensor, Tensor]] = []
     for x, dim in tensors:
-        before = (slice(None),) * dim
         moved = x.new_empty(*x.shape[:dim], moves.new_length, *x.shape[dim + 1 :])
         results.append(moved)
-        sends += [Message(run.block, x[(*before, run.rows)].contiguous()) for run in moves.sends]
-        for run in moves.receives:
-            rows = moved[(*before, run.rows)]
-            # A run that is one piece of memory is received where it belongs, without a copy.
-            buffer = rows if rows.is_contiguous() else rows.new_empty(rows.shape)
-            receives.append(Message(run.block, buffer))
-            arrivals.append((rows, buffer))
+        for block, pieces in _by_block(x, dim, moves.sends):
+            if len(pieces) > RUNS_APART:
+                pieces = [torch.cat(pieces, dim)]
+            sends += [Message(block, rows.contiguous()) for rows in pieces]
+        for block, pieces in _by_block(moved, dim, moves.receives):
+            if len(pieces) > RUNS_APART:
+                lengths = [rows.shape[dim] for rows in pieces]
+                packed = x.new_empty(*x.shape[:dim], sum(lengths), *x.shape[dim + 1 :])
+                receives.append(Message(block, packed))
+                arrivals += zip(pieces, packed.split(lengths, dim), strict=True)
+                continue
+            for rows in pieces:
+                # A run that is one piece of memory is received where it belongs, without a copy.
+                buffer = rows if rows.is_contiguous() else rows.new_empty(rows.shape)
+                receives.append(Message(block, buffer))
+                arrivals.append((rows, buffer))
     transfer = transport.post("relayout", sends, receives)
     for (x, dim), moved in zip(tensors, results, strict=True):
         before = (slice(None),) * dim
@@ -81,6 +95,13 @@ def move_rows(
         if buffer is not rows:
             rows.copy_(buffer)
     return results
+
+
+def _by_block(x: Tensor, dim: int, runs: Sequence[Run]) -> Iterator[tuple[int, list[Tensor]]]:
+    """(block, the rows of its runs, as views) for every block, whose runs lie together."""
+    before = (slice(None),) * dim
+    for block, some in groupby(runs, key=lambda run: run.block):
+        yield block, [x[(*before, run.rows)] for run in some]
 
 
 def _shared_rows(

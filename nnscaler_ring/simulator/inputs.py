@@ -54,7 +54,7 @@ class GeneratedInputs:
     device: str = "cpu"
 
     def rows(self, name: str, tokens: Tensor) -> Tensor:
-        """Made anew at every call, in pieces that stay in the cache."""
+        """Made anew at every call; on a CPU in pieces that fit its cache, else in large ones."""
         s = self.sizes
         heads = s.num_heads if name in ("q", "dout") else s.num_kv_heads
         head_dim = s.head_dim if name in ("q", "k") else s.v_head_dim
@@ -62,7 +62,8 @@ class GeneratedInputs:
         columns = torch.arange(s.batch * heads * head_dim, device=self.device)
         columns = _mix(columns.add_(salt).bitwise_and_(_LOW)).view(1, -1)
         rows = torch.empty(len(tokens), columns.numel(), dtype=s.torch_dtype, device=self.device)
-        step = max(1, _NUMBERS_AT_ONCE // columns.numel())
+        at_once = _NUMBERS_ON_CPU if columns.device.type == "cpu" else _NUMBERS_ON_GPU
+        step = max(1, at_once // columns.numel())
         for start in range(0, len(tokens), step):
             piece = tokens[start : start + step].to(self.device)
             low = _mix(piece.bitwise_and(_LOW))
@@ -74,7 +75,10 @@ class GeneratedInputs:
 
 
 _LOW = 0xFFFFFFFF
-_NUMBERS_AT_ONCE = 1 << 16
+_NUMBERS_ON_CPU = 1 << 16
+_NUMBERS_ON_GPU = 1 << 24
+"""Made at once, 8 bytes each; a GPU would wait for the launches of smaller kernels."""
+
 _HALF_WIDTH = 3**0.5
 """A uniform distribution of variance 1 reaches so far to both sides."""
 

@@ -149,6 +149,24 @@ def groups_of_torch() -> None:
     check_order(mesh["data"], [me % 2, me % 2 + 2])
 
 
+def a_group_of_a_world_that_is_bound_to_a_gpu(me: int) -> None:
+    """As after init_process_group(device_id=...): torch would split the group off the world, in
+    which only the members are here."""
+    if me in (1, 2):
+        return
+    world, device = dist.group.WORLD, torch.device("cuda", 0)
+    splits: list[Any] = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(c10d, "_get_split_source", splits.append)
+        world.bound_device_id = device
+        try:
+            group_string([3, 0])
+            assert not splits and world.bound_device_id == device
+        finally:
+            world.bound_device_id = None
+    check_order([3, 0], [3, 0])
+
+
 def groups_inherit(me: int, seconds: float) -> None:
     """Groups made from ranks are like the default group."""
     set_agreement_timeout(dist.group.WORLD, 22.0)
@@ -167,6 +185,7 @@ def groups_of_four(ranks: list[int], seconds: float, again: str) -> dict[str, At
     ranks_that_have_different_numbers_of_groups(me)
     one_group_for_the_same_ranks(me)
     groups_of_torch()
+    a_group_of_a_world_that_is_bound_to_a_gpu(me)
     groups_inherit(me, seconds)
     found = wrong_groups() if me == 2 else {}
 

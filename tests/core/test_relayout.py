@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import nnscaler_ring
-from nnscaler_ring.core.groups import find_place, group_state, group_string
-from nnscaler_ring.core.layout import LAYOUTS
+from nnscaler_ring.core.groups import Traffic, find_place, group_state, group_string
+from nnscaler_ring.core.layout import LAYOUTS, ZigzagDocuments
 from nnscaler_ring.core.relayout import move_rows, plan_moves
 from nnscaler_ring.core.transport import Transport
 from tests.core.test_layout import TOKENS, random_lens
@@ -108,3 +108,35 @@ def test_moves_between_ranks(pool, ranks):
             assert contiguous and moved.dtype == dtype
             row = everything.nbytes // max(1, sum(lens))
             assert relayout_bytes == total_bytes == leavers(source, target, lens, rank) * row
+
+
+def move_documents(ranks, cu_seqlens):
+    """On one rank: two tensors in zigzag order of every document, and back; messages sent."""
+    group = group_string(ranks)
+    place = find_place(group)
+    held = LAYOUTS["contiguous"].for_shards([cu_seqlens[-1] // len(ranks)] * len(ranks))
+    documents = ZigzagDocuments(cu_seqlens, len(ranks))
+    start = place.block * held.shard_lens[0]
+    mine = torch.arange(start, start + held.shard_lens[place.block])
+    tensors = [(mine.float().view(1, -1, 1), 1), (mine.view(-1, 1).repeat(1, 3), 0)]
+    transport = Transport(place, Traffic(), "test", 1)
+    there = move_rows(tensors, plan_moves(held, documents, place.block), transport)
+    back = move_rows(
+        [(there[0], 1), (there[1], 0)], plan_moves(documents, held, place.block), transport
+    )
+    spans = documents.spans(place.block)
+    wanted = torch.cat([torch.arange(s.position, s.position + s.length) for s in spans])
+    found = [there[0].flatten().long(), there[1][:, 2]]
+    return (
+        [x.tolist() == wanted.tolist() for x in found],
+        [torch.equal(x, y) for x, (y, _) in zip(back, tensors, strict=True)],
+        transport.traffic.messages,
+    )
+
+
+def test_rows_of_many_documents_are_one_message_to_a_rank(pool):
+    """NCCL may hang in a post of a thousand messages."""
+    cu_seqlens = tuple(8 * n for n in range(46))
+    for there, back, messages in pool.run(4, move_documents, cu_seqlens):
+        assert all(there) and all(back)
+        assert messages <= 2 * 2 * 3 * 2  # there and back, two tensors, three ranks, two runs

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnscaler_ring.simulator import GeneratedInputs, Sizes, WholeInputs
 from nnscaler_ring.simulator.sampled_rows import exact_rows
@@ -16,6 +17,23 @@ def test_any_rows_are_a_part_of_the_whole() -> None:
     assert whole.shape == (1, 100, 2, 8)
     some = torch.tensor([3, 99, 17])
     assert torch.equal(inputs.rows("k", some), whole[:, some])
+
+
+class Operations(TorchDispatchMode):
+    """Counts them: on a GPU each is a launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_a_gpu_rows_are_made_in_large_pieces() -> None:
+    """The meta device stands for one: its tensors have no memory."""
+    with Operations() as operations:
+        GeneratedInputs(Sizes(16, 4, 128, 128), device="meta").rows("k", torch.arange(100_000))
+    assert operations.count < 500
 
 
 def test_numbers_have_mean_0_variance_1_and_no_pattern() -> None:
