@@ -13,7 +13,7 @@ Source: Dao, "FlashAttention-2", arXiv 2307.08691; Shah et al., "FlashAttention-
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.kernels import AttentionKernel, Problem
-from nnscaler_ring.core.kernels.flash_form import MAX_HEAD_DIM, FlashCall, FlashKernel, Packed
+from nnscaler_ring.core.kernels.flash_form import HEAD_DIMS, FlashCall, FlashKernel, Packed
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -87,7 +87,8 @@ class FlashAttn:
         load: imports the package.
         install: how to get it.
         devices: compute capabilities by major number.
-        head_dims: the largest head dim by major number; else `MAX_HEAD_DIM`.
+        head_dims: those that it computes in every call, ascending; others are padded.
+        smaller_devices: major numbers of devices on which they end at 128.
         softcap: whether forward and backward have one, dense and packed.
         deterministic_head_dim: the largest that a deterministic backward takes.
         not_deterministic: major numbers of devices without one.
@@ -97,9 +98,10 @@ class FlashAttn:
     load: Callable[[], Functions]
     install: str
     devices: tuple[int, ...]
-    head_dims: tuple[tuple[int, int], ...] = ()
+    head_dims: Sequence[int] = HEAD_DIMS
+    smaller_devices: tuple[int, ...] = ()
     softcap: bool = True
-    deterministic_head_dim: int = MAX_HEAD_DIM
+    deterministic_head_dim: int = HEAD_DIMS[-1]
     not_deterministic: tuple[int, ...] = ()
 
     def supports(self, problem: Problem) -> str | None:
@@ -123,8 +125,9 @@ class FlashAttn:
             known = ", ".join(f"{major}.x" for major in self.devices)
             return f"it runs on compute capability {known}, the device has {major}.{minor}"
         head_dim = max(problem.head_dim, problem.v_head_dim)
-        if head_dim > self.max_head_dim(problem):
-            return f"its head dims end at {self.max_head_dim(problem)}, got {head_dim}"
+        largest = self.head_dims_of(problem)[-1]
+        if head_dim > largest:
+            return f"its head dims end at {largest}, got {head_dim}"
         if problem.alibi:
             return "its ALiBi counts from the corner of a tile, not in the sequence"
         if problem.bias:
@@ -139,17 +142,18 @@ class FlashAttn:
             return f"it has no deterministic backward for head_dim {head_dim} on {major}.{minor}"
         return None
 
-    def max_head_dim(self, problem: Problem) -> int:
+    def head_dims_of(self, problem: Problem) -> Sequence[int]:
         """On the problem's device."""
         major, _ = problem.compute_capability or (self.devices[0], 0)
-        return dict(self.head_dims).get(major, MAX_HEAD_DIM)
+        largest = 128 if major in self.smaller_devices else self.head_dims[-1]
+        return tuple(dim for dim in self.head_dims if dim <= largest)
 
     def prepared(self, problem: Problem) -> AttentionKernel:
         """The package behind the form."""
         functions = installed(self.load)
         assert not isinstance(functions, str), functions
         library = Library(functions)
-        return FlashKernel(self.name, library, problem, self.max_head_dim(problem))
+        return FlashKernel(self.name, library, problem, self.head_dims_of(problem))
 
 
 FLASH_ATTN = {
@@ -173,7 +177,10 @@ FLASH_ATTN = {
             load=flash_attn_4,
             install="pip install flash-attn-4",
             devices=(9, 10, 11, 12),
-            head_dims=((10, 128), (11, 128), (12, 128)),
+            # Of others, some do not compile on some devices in some versions: 104 without a mask on
+            # 9.0 up to 4.0.0b36, 192 up to b30 (tests/core/kernels/test_fake_gpu.py).
+            head_dims=(64, 96, 128, 256),
+            smaller_devices=(10, 11, 12),
             softcap=False,
             not_deterministic=(12,),
         ),

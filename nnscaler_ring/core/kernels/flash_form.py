@@ -52,7 +52,9 @@ from nnscaler_ring.core.kernels.tile_math import TileGradients
 from nnscaler_ring.core.scores import ScoreMods
 from nnscaler_ring.core.tile import KernelCall, Segments, Tile, batched, trim
 
-MAX_HEAD_DIM = 256
+HEAD_DIMS = range(8, 257, 8)
+"""Of q, k and v, that a library of the form computes if nothing else is known of it."""
+
 MOST_TILES = 1 << 12
 """Of one call: a CUDA grid has at most 65,535 segments."""
 
@@ -105,13 +107,14 @@ class FlashKernel:
     """An `AttentionKernel` over a library of the form, for one kind of problem.
 
     All tiles of a step that share a window are one call. A softcap is the library's; what else
-    changes the scores does not come here.
+    changes the scores does not come here. `head_dims`: what the library computes, ascending; others
+    are padded with zeros to the next.
     """
 
     name: str
     library: FlashLibrary
     problem: Problem
-    max_head_dim: int = MAX_HEAD_DIM
+    head_dims: Sequence[int] = HEAD_DIMS
 
     def calls(self, tiles: Sequence[Tile], *, plain: bool) -> Sequence[KernelCall]:
         """One call, or a few, for all tiles: Note [Tiles in one call] in tile.py."""
@@ -132,7 +135,7 @@ class FlashKernel:
         """One call of the library."""
         batch, v_head_dim = q.shape[0], v.shape[-1]
         call = self._call(softmax_scale, window, mods, segments, batch, q.device)
-        head_dim = round_up(max(q.shape[-1], v_head_dim), 8)
+        head_dim = self._next_head_dim(q.shape[-1], v_head_dim)
         q, k, v = (_packed(aligned(x), call) for x in to_head_dim(head_dim, q, k, v))
         out, softmax_lse = self.library.forward(q, k, v, call)
         if call.packed is not None:
@@ -160,13 +163,13 @@ class FlashKernel:
         """One call of the library; a gradient of the lse takes columns beside v's channels."""
         batch, dims = q.shape[0], (q.shape[-1], k.shape[-1], v.shape[-1])
         if dlse is not None:
-            if max(dims[0], dims[2] + lse_columns(q.dtype)) > self.max_head_dim:
+            if max(dims[0], dims[2] + lse_columns(q.dtype)) > self.head_dims[-1]:
                 tensors = dout, q, k, v, out, softmax_lse, dlse
                 tiles = _tiles_of(q.shape[1], k.shape[1], window, segments)
                 return blocks_backward(*tensors, tiles, softmax_scale=softmax_scale, mods=mods)
             dout, v, out = with_lse_columns(dout, v, out, dlse)
         call = self._call(softmax_scale, window, mods, segments, batch, q.device)
-        head_dim = round_up(max(q.shape[-1], v.shape[-1]), 8)
+        head_dim = self._next_head_dim(q.shape[-1], v.shape[-1])
         padded = to_head_dim(head_dim, dout, q, k, v, out)
         dout, q, k, v, out = (_packed(aligned(x), call) for x in padded)
         if call.packed is not None:
@@ -177,6 +180,9 @@ class FlashKernel:
         if call.packed is not None:
             gradients = tuple(x.unflatten(0, (batch, -1)) for x in gradients)
         return TileGradients(*(x[..., :dim] for x, dim in zip(gradients, dims, strict=True)))
+
+    def _next_head_dim(self, *head_dims: int) -> int:
+        return next(dim for dim in self.head_dims if dim >= max(head_dims))
 
     def _call(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.kernels import AttentionKernel, Problem
 from nnscaler_ring.core.kernels.aten_flash import AtenFlash
-from nnscaler_ring.core.kernels.flash_form import MAX_HEAD_DIM, FlashCall, FlashKernel
+from nnscaler_ring.core.kernels.flash_form import HEAD_DIMS, FlashCall, FlashKernel
 from nnscaler_ring.core.kernels.head_dims import round_up
 from nnscaler_ring.core.kernels.score_blocks import ScoreBlocks
 from nnscaler_ring.core.kernels.torch_efficient import Efficient
@@ -86,7 +86,7 @@ def has_flash(problem: Problem) -> bool:
     if (major == 8 and minor) or major == 12:
         # Smaller shared memory: torch's own checks allow no backward above it.
         return problem.dtype in HALF and head_dim <= 192
-    return problem.dtype in HALF and head_dim <= MAX_HEAD_DIM and major >= 8
+    return problem.dtype in HALF and head_dim <= HEAD_DIMS[-1] and major >= 8
 
 
 def has_cudnn(problem: Problem) -> bool:

@@ -50,7 +50,7 @@ class Mounted:
                     f"{self.implementation} ({type(error).__name__}: {error}); "
                     f"kernel={self.package.name!r} calls the same package without torch."
                 ) from error
-        return FlashKernel(self.name, AtenFlash(), problem, self.package.max_head_dim(problem))
+        return FlashKernel(self.name, AtenFlash(), problem, self.package.head_dims_of(problem))
 
     def _not_offered(self) -> str | None:
         # New in torch 2.11.

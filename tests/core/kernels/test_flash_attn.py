@@ -77,6 +77,22 @@ def test_packed_documents_are_one_call(recorder, kernel):
         assert given["max_seqlen_q"] == given["max_seqlen_k"] == 9
 
 
+@pytest.mark.parametrize("dims", [(40, 24), (64, 64), (112, 112), (192, 128)], ids=str)
+def test_flash_attn_4_is_given_head_dims_that_it_compiles(dims):
+    recorder = Recorder(VERSIONS["4.0.0b36"])
+    offer = replace(FLASH_ATTN["flash_attn_4"], load=lambda: recorder.functions)
+    problem = Problem("cuda", torch.bfloat16, 4, 2, *dims, compute_capability=(9, 0))
+    assert offer.supports(problem) is None
+    shape = Shape(9, 9, (-1, 0))
+    check_tile(offer.prepared(problem), shape, *inputs(shape, (4, 2), dims))
+    assert recorder.calls
+    for _, given in recorder.calls:
+        assert given["q"].shape[-1] == given["k"].shape[-1] == given["v"].shape[-1]
+        assert given["q"].shape[-1] in (64, 96, 128, 256)
+    small = replace(problem, compute_capability=(10, 0))
+    assert (offer.supports(small) is None) is (max(dims) <= 128)
+
+
 def test_half_precision_stays_half(recorder, kernel):
     shape = Shape(9, 9, (-1, 0))
     check_tile(kernel, shape, *(x.to(torch.bfloat16) for x in inputs(shape, (4, 2), (16, 16))))
