@@ -20,18 +20,20 @@ HOPPER = Problem("cuda", torch.bfloat16, 4, 2, 64, 64, compute_capability=(9, 0)
 def mounted(monkeypatch):
     """What was mounted, in order; both packages are there."""
     mounted = []
-    monkeypatch.setattr(attention, "list_flash_attention_impls", lambda: ["FA3", "FA4"])
-    monkeypatch.setattr(
-        attention, "current_flash_attention_impl", lambda: mounted[-1] if mounted else None
-    )
-    monkeypatch.setattr(attention, "activate_flash_attention_impl", mounted.append)
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.0.0b18")
     functions = {
+        "list_flash_attention_impls": lambda: ["FA3", "FA4"],
+        "current_flash_attention_impl": lambda: mounted[-1] if mounted else None,
+        "activate_flash_attention_impl": mounted.append,
+    }
+    for name, function in functions.items():
+        monkeypatch.setattr(attention, name, function, raising=False)  # new in torch 2.11
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.0.0b18")
+    packages = {
         "flash_attn_3": Recorder(VERSIONS["3 of main"]).functions,
         "flash_attn_4": Recorder(VERSIONS["4.0.0b14"]).functions,
     }
     for name, offer in list(MOUNTED.items()):
-        package = replace(offer.package, load=lambda name=offer.package.name: functions[name])
+        package = replace(offer.package, load=lambda name=offer.package.name: packages[name])
         monkeypatch.setitem(MOUNTED, name, replace(offer, package=package))
     return mounted
 
