@@ -29,7 +29,7 @@ from torch import Tensor
 from nnscaler_ring.core.dilation import HeadOffsets
 from nnscaler_ring.core.dropout import DropoutSeed
 from nnscaler_ring.core.ops import attention_op
-from nnscaler_ring.core.options import Extras, Options
+from nnscaler_ring.core.options import arguments_of, split_arguments
 
 Range = tuple[int, int]
 
@@ -528,12 +528,12 @@ def _attend_to_all_blocks(
         x.as_subclass(Tensor).repeat(1, copies, 1, 1)[:, : k.keys].flatten(0, 1) for x in (k, v)
     )
     documents = (torch.arange(batch + 1) * tokens for tokens in (local, k.keys))
-    count = len(Extras._fields)
-    extras = Extras(*documents, *others[2:count])
+    extras, options = split_arguments(others)
+    extras = extras._replace(cu_seqlens_q=next(documents), cu_seqlens_k=next(documents))
     if extras.alibi_slopes is not None:
         extras = extras._replace(alibi_slopes=extras.alibi_slopes.view(-1, q.shape[2])[0])
-    options = Options(*others[count:])._replace(compute_len=batch * local)
-    out, lse, *rest = attention_op(q.flatten(0, 1), long_k, long_v, *extras, *options)
+    options = options._replace(compute_len=batch * local)
+    out, lse, *rest = attention_op(q.flatten(0, 1), long_k, long_v, *extras, *arguments_of(options))
     lse = lse.unflatten(1, (batch, local)).transpose(0, 1)
     return out.unflatten(0, (batch, local)), lse, *rest
 

@@ -15,7 +15,7 @@ from nnscaler_ring.core.dropout import DropoutSeed, seed_tensor
 from nnscaler_ring.core.groups import ALONE, find_place, group_string
 from nnscaler_ring.core.layout import LAYOUTS
 from nnscaler_ring.core.ops import attention_op
-from nnscaler_ring.core.options import Extras, Options
+from nnscaler_ring.core.options import Extras, Options, arguments_of
 from nnscaler_ring.core.whole_call import whole_op_attention
 from nnscaler_ring.core.whole_op import WHOLE_OPS
 
@@ -113,7 +113,7 @@ def context_parallel_attention(
     )
     if kernel in WHOLE_OPS:
         return whole_op_attention(q, k, v, extras, options, return_lse=return_lse)
-    out, softmax_lse, *_ = attention_op(q, k, v, *extras, *options)
+    out, softmax_lse, *_ = attention_op(q, k, v, *extras, *arguments_of(options))
     return (out, softmax_lse) if return_lse else out
 
 

@@ -14,7 +14,13 @@ from torch import Tensor
 from nnscaler_ring.core.dropout import agreed_seed
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.online_softmax import accumulation_dtype
-from nnscaler_ring.core.options import EXTRAS_SCHEMA, OPTIONS_SCHEMA, Extras, split_arguments
+from nnscaler_ring.core.options import (
+    EXTRAS_SCHEMA,
+    OPTIONS_SCHEMA,
+    Extras,
+    arguments_of,
+    split_arguments,
+)
 from nnscaler_ring.core.prepare import prepare
 from nnscaler_ring.core.relayout import move_rows
 
@@ -195,11 +201,12 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _attention_gradients(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    rest = (None,) * len(ctx.options)
+    options = arguments_of(ctx.options)
+    rest = (None,) * len(options)
     if dout is None and dlse is None:
         return (None,) * (3 + len(Extras._fields)) + rest
     saved = ctx.saved_tensors  # once: a checkpoint gives them out once
-    dq, dk, dv, dbias, dsinks = attention_backward_op(dout, dlse, *saved, *ctx.options)
+    dq, dk, dv, dbias, dsinks = attention_backward_op(dout, dlse, *saved, *options)
     sinks = Extras(*saved[5:]).sinks
     given = Extras(
         bias=dbias if ctx.options.bias_gradient else None,

@@ -1,4 +1,10 @@
-"""What an attention op takes beside q, k, v: tensors (`Extras`) and plain values (`Options`)."""
+"""What an attention op takes beside q, k, v: tensors (`Extras`) and plain values (`Options`).
+
+Note [Few arguments]
+    For an op with gradients torch lists all arguments of its schema once per argument, in every
+    call: with 28 of them that took two thirds of the host's time of a forward pass. So names and
+    flags go in as one string, and counts as one list.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,7 @@ from torch import Tensor
 
 
 class Options(NamedTuple):
-    """What an attention op takes beside its tensors, in the order of `OPTIONS_SCHEMA`.
+    """What an attention op takes beside its tensors.
 
     `shard_lens` None: equal shards. `compute_len`: this rank's query rows in `compute_layout`.
     `left` and `right`: the mask, in tokens, UNBOUNDED for none. `bias_gradient`: bias wants one.
@@ -39,11 +45,56 @@ class Options(NamedTuple):
 
 
 OPTIONS_SCHEMA = (
-    "str op, str group, SymInt[]? shard_lens, SymInt[]? shard_lens_k, str caller_layout, "
-    "str compute_layout, SymInt compute_len, float softmax_scale, SymInt left, SymInt right, "
-    "float softcap, bool bias_gradient, float dropout_p, bool same_seed, SymInt first_batch, "
-    "SymInt first_head, str exchange, str kernel, bool deterministic"
+    "str names, SymInt[] counts, SymInt[]? shard_lens, SymInt[]? shard_lens_k, "
+    "float softmax_scale, float softcap, float dropout_p"
 )
+
+NAMES = ("op", "caller_layout", "compute_layout", "exchange", "kernel")
+FLAGS = ("bias_gradient", "same_seed", "deterministic")
+COUNTS = ("compute_len", "left", "right", "first_batch", "first_head")
+
+
+def arguments_of(options: Options) -> tuple[Any, ...]:
+    """The options as OPTIONS_SCHEMA has them: Note [Few arguments]."""
+    # The group comes last: its name is torch's or the user's and may hold any character.
+    names = (
+        *(getattr(options, name) for name in NAMES),
+        *("1" if getattr(options, flag) else "" for flag in FLAGS),
+        options.group,
+    )
+    return (
+        "\n".join(names),
+        [getattr(options, count) for count in COUNTS],
+        options.shard_lens,
+        options.shard_lens_k,
+        options.softmax_scale,
+        options.softcap,
+        options.dropout_p,
+    )
+
+
+def _options_of(
+    names: str,
+    counts: Sequence[int],
+    shard_lens: Sequence[int] | None,
+    shard_lens_k: Sequence[int] | None,
+    softmax_scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> Options:
+    *texts, group = names.split("\n", len(NAMES) + len(FLAGS))
+    flags = (text == "1" for text in texts[len(NAMES) :])
+    named: dict[str, Any] = dict(zip(NAMES, texts, strict=False))
+    named |= dict(zip(FLAGS, flags, strict=True)) | dict(zip(COUNTS, counts, strict=True))
+    return Options(
+        group=group,
+        shard_lens=shard_lens,
+        shard_lens_k=shard_lens_k,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        **named,
+    )
 
 
 class Extras(NamedTuple):
@@ -66,4 +117,4 @@ EXTRAS_SCHEMA = (
 def split_arguments(others: Sequence[Any]) -> tuple[Extras, Options]:
     """An op's arguments after its tensors, as the schemas have them."""
     count = len(Extras._fields)
-    return Extras(*others[:count]), Options(*others[count:])
+    return Extras(*others[:count]), _options_of(*others[count:])

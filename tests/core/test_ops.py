@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nnscaler_ring import wrap_ring_attn_func, wrap_ring_attn_varlen_func, wrap_zigzag_attn_func
 from nnscaler_ring.core.groups import group_string
 from nnscaler_ring.core.layout import LAYOUTS
-from nnscaler_ring.core.options import Extras, Options
+from nnscaler_ring.core.options import Extras, Options, arguments_of, split_arguments
 from nnscaler_ring.core.tile import UNBOUNDED
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
 from tests.oracle import make_dout, make_qkv
@@ -20,7 +20,7 @@ OPS = torch.ops.nnscaler_ring
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def options_of(group: str = "", **fields: Any) -> Options:
+def options_of(group: str = "", **fields: Any) -> tuple:
     """The non-tensor arguments of an attention op."""
     usual = {
         "op": "test",
@@ -43,7 +43,26 @@ def options_of(group: str = "", **fields: Any) -> Options:
         "kernel": "torch_cpu",
         "deterministic": False,
     }
-    return Options(**{**usual, **fields})
+    return arguments_of(Options(**{**usual, **fields}))
+
+
+def test_options_come_out_of_an_op_as_they_went_in():
+    names = ("op", "caller_layout", "compute_layout", "exchange", "kernel")
+    counts = ("compute_len", "left", "right", "first_batch", "first_head")
+    flags = ("bias_gradient", "same_seed", "deterministic")
+    for true in (None, *flags):
+        options = Options(
+            group="any name,\neven of two lines",
+            shard_lens=[1, 2],
+            shard_lens_k=None,
+            softmax_scale=0.1,
+            softcap=0.2,
+            dropout_p=0.3,
+            **{name: f"the {name}" for name in names},
+            **{name: number for number, name in enumerate(counts)},
+            **{name: name == true for name in flags},
+        )
+        assert split_arguments((*Extras(), *arguments_of(options))) == (Extras(), options)
 
 
 def qkv_of(packed: bool, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
