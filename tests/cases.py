@@ -160,7 +160,7 @@ def check(
         by_size.setdefault(case.world_size, []).append(case)
     for size, group in by_size.items():
         chosen = list(ranks) if ranks else list(range(size))
-        shards = pool.run(None, run_cases, group, device, ranks=chosen, timeout=240)
+        shards = pool.run(None, run_cases, group, device, ranks=chosen, timeout=240 + len(group))
         check_results(group, shards)
 
 

@@ -126,8 +126,9 @@ def sample_of_everything(world_size: int, seed: int) -> list[Case]:
     return list(cells.values())
 
 
-def check(pool: RankPool, cases: Sequence[Case], timeout: float = 200) -> None:
+def check(pool: RankPool, cases: Sequence[Case]) -> None:
     """Run the cases and compare outputs, gradients and generated groups."""
+    timeout = 200 + 2 * len(cases)
     results = pool.run(cases[0].plan.world_size, run_cases, list(cases), timeout=timeout)
     for number, case in enumerate(cases):
         expected = _expected(case)
