@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
-from nnscaler_ring.core.exchange import DirectPlan, Round
+from nnscaler_ring.core.exchange import DirectPlan
+from nnscaler_ring.core.exchange.rounds import Round
 from nnscaler_ring.core.groups import Place, Traffic
 from nnscaler_ring.core.kernels import AttentionKernel, Problem, select_kernel
 from nnscaler_ring.core.online_softmax import merge_

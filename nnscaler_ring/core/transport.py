@@ -12,7 +12,7 @@ Note [Messages under NCCL]
     NCCL has no tags. Two ranks match their messages by the order in which each posts them, and a
     group of messages starts when the one before it is done. So all ranks post in one common order:
     every rank skips the same way through the same sequence (see Note [One order of messages] in
-    exchange.py), and what one rank sends in a post, its peer receives in the same post.
+    exchange/direct.py), and what one rank sends in a post, its peer receives in the same post.
 
     NCCL connects the ranks in a group's first call, in which all must take part: `connect`.
 """

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from nnscaler_ring.core.exchange import BACKWARD_KEYS, FORWARD_KEYS, Distance, Round
+from nnscaler_ring.core.exchange.rounds import BACKWARD_KEYS, FORWARD_KEYS, Distance, Round
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.online_softmax import ROWS_AT_ONCE
 from nnscaler_ring.core.schedule import row_count
@@ -273,7 +273,7 @@ class _Ledger:
                 chosen.append(tile)
         return chosen
 
-    # The exchanges of core/exchange.py.
+    # The exchanges of core/exchange.
 
     def _rounds(self, keys: int) -> list[Round]:
         """The messages at some distances, of which a few stand for all of a distance."""

@@ -28,8 +28,8 @@ from nnscaler_ring.core.exchange import (
     ExchangePlan,
     GradientStep,
     RingPlan,
-    Rounds,
 )
+from nnscaler_ring.core.exchange.rounds import Rounds
 from nnscaler_ring.core.groups import Place, Traffic
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.online_softmax import accumulation_dtype

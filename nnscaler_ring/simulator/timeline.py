@@ -1,7 +1,7 @@
 """When every rank computes, sends, receives and waits, in one pass of one attention layer.
 
 Note [How time passes]
-    Ranks follow the order of core/exchange.py: a transfer is posted one step before it is needed
+    Ranks follow the order of core/exchange: a transfer is posted one step before it is needed
     and starts once both sides have posted it and the links of both are free; the rank waits for
     what it needs next. Gradients leave after their step and are waited for a step later. With
     overlap o, the part 1 - o of a transfer takes the rank's own time: on a CPU

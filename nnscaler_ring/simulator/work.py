@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nnscaler_ring.core.exchange import DirectPlan, Distance, Round
+from nnscaler_ring.core.exchange import DirectPlan
+from nnscaler_ring.core.exchange.rounds import Distance, Round
 from nnscaler_ring.core.schedule import row_count
 from nnscaler_ring.core.tile import Tile
 from nnscaler_ring.simulator.call import SimulatedCall

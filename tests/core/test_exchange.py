@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import nnscaler_ring
-from nnscaler_ring.core import exchange as exchange_module
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import EXCHANGES, DirectPlan, ExchangePlan
+from nnscaler_ring.core.exchange import rounds as rounds_module
 from nnscaler_ring.core.groups import Traffic, find_place, group_state, group_string
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
@@ -403,7 +403,7 @@ def test_many_messages_are_made_when_they_are_asked_for(monkeypatch):
         for rank in problem.ranks:
             kept = [*DirectPlan(problem.schedule, rank, 6, 3).backward_rounds]
             with monkeypatch.context() as patch:
-                patch.setattr(exchange_module, "KEPT_ROUNDS", -1)
+                patch.setattr(rounds_module, "KEPT_ROUNDS", -1)
                 made = DirectPlan(problem.schedule, rank, 6, 3).backward_rounds
             for _ in range(2):
                 assert [*made] == kept, problem.what

@@ -4,7 +4,8 @@
 
 FakeTensorMode of a CUDA build of torch runs everything but the kernels, whatever package they are
 from: arguments, shapes, dtypes and strides are checked by that package's own code. FlashAttention-4
-also compiles its kernels for the compute capability. The last line says how many calls passed.
+also compiles its kernels for the compute capability; on 10.0 it asks the driver for some of them,
+which are left out where there is no driver. The last line says how many calls passed.
 """
 
 import itertools
@@ -109,7 +110,7 @@ def main(name: str, compute_capability: str) -> None:
     major, minor = map(int, compute_capability.split("."))
     meta = torch.library.Library("aten", "IMPL", "Meta")
     meta.impl("_efficient_attention_backward", efficient_backward, allow_override=True)
-    passed = refused = 0
+    passed = refused = without_driver = 0
     with FakeTensorMode(), patch.object(flash_form, "_copied", copied):
         for problem in problems((major, minor)):
             if reason := offer_of(name).supports(problem):
@@ -121,9 +122,12 @@ def main(name: str, compute_capability: str) -> None:
                 try:
                     both_passes(kernel, problem, tiles, lse_gradient)
                 except Exception as error:
+                    if type(error).__name__ == "DynamicLibNotFoundError":
+                        without_driver += 1
+                        continue
                     raise AssertionError(f"{what}, {lse_gradient=}: {problem}") from error
                 passed += 1
-    print(f"{passed} calls passed, {refused} problems refused")
+    print(f"{passed} calls passed, {without_driver} need a driver, {refused} problems refused")
 
 
 if __name__ == "__main__":

@@ -51,4 +51,4 @@ def test_torch_takes_the_calls_of_torch_cuda(compute_capability):
 @pytest.mark.parametrize("compute_capability", ["9.0", "10.0", "12.0"])
 def test_flash_attention_4_compiles_the_calls(compute_capability):
     """Minutes: every call of another kind is compiled for that compute capability."""
-    assert passed_calls("flash_attn_4", compute_capability) > 60
+    assert passed_calls("flash_attn_4", compute_capability) > 50

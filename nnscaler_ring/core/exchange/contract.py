@@ -1,0 +1,75 @@
+"""What an exchange is: steps of keys with the tiles that read them; gradients that come home."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from nnscaler_ring.core.coordinates import KeyRows
+from nnscaler_ring.core.row_sum import RowSum
+from nnscaler_ring.core.tile import Tile
+from nnscaler_ring.core.transport import Transport
+
+
+class Keys(NamedTuple):
+    """Keys and values [batch, keys, num_kv_heads, head_dim], and the tiles that read them.
+
+    `rows` says whose they are: (source, start, stop) of the source's shard, one after another.
+    """
+
+    k: Tensor
+    v: Tensor
+    tiles: Sequence[Tile]
+    rows: KeyRows
+
+
+class GradientStep(NamedTuple):
+    """The same in the backward pass, with the sums that take the gradients of these keys."""
+
+    k: Tensor
+    v: Tensor
+    tiles: Sequence[Tile]
+    rows: KeyRows
+    dk: RowSum
+    dv: RowSum
+
+
+class Sent(NamedTuple):
+    """What one rank sends in one call, in units of rows: a row of K together with its row of V.
+
+    `summed_gradient_rows` travel in the accumulation dtype, the others in the dtype of the input.
+    """
+
+    kv_rows: int
+    gradient_rows: int
+    summed_gradient_rows: int
+
+
+class KVExchange(Protocol):
+    """One rank's part of an exchange, for one call."""
+
+    def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
+        """The steps of a forward pass; k and v are this rank's rows."""
+        ...
+
+    def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
+        """The steps of a backward pass."""
+        ...
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """(dk, dv) of this rank's rows, once `gradient_steps` is exhausted."""
+        ...
+
+
+class ExchangePlan(Protocol):
+    """An exchange before the call: a pure function of the schedule and the rank."""
+
+    def start(self, transport: Transport) -> KVExchange:
+        """The exchange for one call."""
+        ...
+
+    def sent(self) -> Sent:
+        """What this rank will send: the prediction that the counted bytes must meet."""
+        ...
