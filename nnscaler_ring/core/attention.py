@@ -13,11 +13,11 @@ from nnscaler_ring.core.agreement import refusing_together
 from nnscaler_ring.core.dilated_ops import DilatedOptions, dilated_attention_op
 from nnscaler_ring.core.dropout import DropoutSeed, seed_tensor
 from nnscaler_ring.core.groups import ALONE, find_place, group_string
+from nnscaler_ring.core.kernels import WHOLE_OPS
 from nnscaler_ring.core.layout import LAYOUTS
 from nnscaler_ring.core.ops import attention_op
 from nnscaler_ring.core.options import Extras, Options, arguments_of
 from nnscaler_ring.core.whole_call import whole_op_attention
-from nnscaler_ring.core.whole_op import WHOLE_OPS
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.dilation import HeadOffsets

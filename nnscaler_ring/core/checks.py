@@ -12,10 +12,9 @@ from torch import Tensor
 from nnscaler_ring.core.dilation import GROUPINGS, HeadOffsets
 from nnscaler_ring.core.dropout import DropoutSeed
 from nnscaler_ring.core.exchange import EXCHANGES
-from nnscaler_ring.core.kernels import KERNELS
+from nnscaler_ring.core.kernels import KERNELS, WHOLE_OPS
 from nnscaler_ring.core.schedule import Mask
 from nnscaler_ring.core.tile import UNBOUNDED
-from nnscaler_ring.core.whole_op import WHOLE_OPS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from nnscaler_ring.core.kernels import WHOLE_OPS
+
 if TYPE_CHECKING:
     from nnscaler_ring.core.call import Call
     from nnscaler_ring.core.groups import Place
     from nnscaler_ring.core.layout import SequenceLayout
-
-WHOLE_OPS = ("transformer_engine",)
-"""Names that `kernel` may have beside those of kernels."""
 
 
 class WholeOp(Protocol):

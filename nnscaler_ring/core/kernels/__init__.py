@@ -35,6 +35,9 @@ KERNELS = (
 )
 """Kernel names."""
 
+WHOLE_OPS = ("transformer_engine",)
+"""Other names that `kernel` may have: see core/whole_op.py."""
+
 AUTO_KERNELS = ("torch_cpu", "flash_attn_3", "torch_cuda")
 """What `kernel="auto"` picks from, in the order in which it asks; but see `auto_kernels`.
 
