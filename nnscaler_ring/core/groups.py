@@ -405,10 +405,11 @@ def traffic(process_group: ProcessGroupLike | None = None) -> Traffic:
 def set_agreement_timeout(process_group: ProcessGroupLike, seconds: float) -> None:
     """How long this rank waits for the others of the group when they compare a new plan.
 
-    5 s unless set; never longer than the group's own timeout. Raise it where ranks may reach the
-    first call far apart, for example after compiling for different times. Groups made from ranks
-    take the bound of the default group, `torch.distributed.group.WORLD`, which also limits how long
-    their members wait for each other to make them.
+    5 s unless set; never longer than the group's own timeout. Raise it where ranks may reach a new
+    call far apart: after compiling for different times; with packed documents, new in every step,
+    when one rank saves a checkpoint for longer than that. Groups made from ranks take the bound of
+    the default group, `torch.distributed.group.WORLD`, which also limits how long their members
+    wait for each other to make them.
     """
     if not isinstance(seconds, Real) or isinstance(seconds, bool):
         raise TypeError(f"seconds must be a number, got {seconds!r}.")
