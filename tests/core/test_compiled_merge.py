@@ -43,7 +43,7 @@ def compiled(monkeypatch, tmp_path):
     triton = pytest.importorskip(
         "triton", reason="triton is not installed (the extra [test] has it)"
     )
-    if int(triton.__version__.split(".")[1]) < 6 and triton.__version__.startswith("3."):
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
         pytest.skip("triton before 3.6 goes on interpreting in a process where it once did")
     from triton.runtime import driver
 

@@ -284,6 +284,16 @@ def dense_results(problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tenso
     return [torch.stack(x) for x in zip(*each, strict=True)]
 
 
+def assert_rows_equal(
+    problem: Problem, block: int, results: list[Tensor], expected: list[Tensor], what: str
+) -> None:
+    """out, lse, dq, dk, dv of a block against those of the whole sequence."""
+    for n, (actual, dense) in enumerate(zip(results, expected, strict=True)):
+        tokens = (problem.k_tokens if n > 2 else problem.q_tokens)[block]
+        rows = torch.tensor(tokens, dtype=torch.int64)
+        assert_close_float64(actual, dense.index_select(2 if n == 1 else 1, rows), f"{n} of {what}")
+
+
 def check_plans(pool, cases: list[tuple]) -> None:
     for size in sorted({len(case[0].ranks) for case in cases}):
         group = [case for case in cases if len(case[0].ranks) == size]
@@ -295,12 +305,7 @@ def check_plans(pool, cases: list[tuple]) -> None:
             for block in problem.ranks:
                 what = f"block {block}, {name}, {keys_per_message=}, {batch=}: {problem.what}"
                 results, forward, backward = shards[block][seed]
-                for n, (actual, dense) in enumerate(zip(results, expected, strict=True)):
-                    tokens = (problem.k_tokens if n > 2 else problem.q_tokens)[block]
-                    rows = torch.tensor(tokens, dtype=torch.int64)
-                    assert_close_float64(
-                        actual, dense.index_select(2 if n == 1 else 1, rows), f"{n} of {what}"
-                    )
+                assert_rows_equal(problem, block, results, expected, what)
                 sent = plan_of(name, problem, block, keys_per_message).sent()
                 gradients = sent.gradient_rows + sent.summed_gradient_rows
                 assert forward.total_bytes == sent.kv_rows * row_bytes, what

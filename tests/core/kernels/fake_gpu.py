@@ -19,12 +19,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
-from nnscaler_ring.core.exchange import GradientStep, Keys
-from nnscaler_ring.core.kernels import AttentionKernel, Problem, flash_form, offer_of
+from nnscaler_ring.core.kernels import (
+    AttentionKernel,
+    Problem,
+    flash_form,
+    offer_of,
+    torch_efficient,
+)
 from nnscaler_ring.core.online_softmax import accumulation_dtype
-from nnscaler_ring.core.row_sum import RowSum
 from nnscaler_ring.core.scores import Scores
 from nnscaler_ring.core.tile import Tile, trim
+from tests.core.kernels.test_on_meta import Aten
+from tests.core.kernels.test_reference import OneDevice
 
 SQUARE = Tile(0, 300, 0, 300, hi=0)
 TILES = {
@@ -39,24 +45,6 @@ HALF = (torch.bfloat16, torch.float16)
 HEAD_DIMS = ((64, 64), (128, 128), (40, 24), (112, 112), (192, 128), (256, 256))
 
 
-class Local:
-    """A KVExchange without other ranks."""
-
-    def __init__(self, tiles: tuple[Tile, ...], k: Tensor, v: Tensor) -> None:
-        trimmed = [trim(tile) for tile in tiles]
-        self.keys = Keys(k, v, [tile for tile in trimmed if tile], ((0, 0, k.shape[1]),))
-        self.sums = RowSum(k), RowSum(v)
-
-    def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        yield self.keys
-
-    def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
-        yield GradientStep(*self.keys, *self.sums)
-
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        return self.sums[0].current(), self.sums[1].current()
-
-
 def both_passes(
     kernel: AttentionKernel, problem: Problem, tiles: tuple[Tile, ...], lse_gradient: bool
 ) -> None:
@@ -67,7 +55,8 @@ def both_passes(
     k = torch.empty(2, keys, problem.num_kv_heads, problem.head_dim, **like)
     v = torch.empty(2, keys, problem.num_kv_heads, problem.v_head_dim, **like)
     scores = Scores(0.1)
-    out, lse = attention_forward(q, k, v, exchange=Local(tiles, k, v), kernel=kernel, scores=scores)
+    exchange = OneDevice(*(piece for tile in tiles if (piece := trim(tile))))
+    out, lse = attention_forward(q, k, v, exchange=exchange, kernel=kernel, scores=scores)
     assert out.shape == (*q.shape[:3], problem.v_head_dim) and out.dtype == q.dtype
     assert lse.shape == (2, problem.num_heads, rows)
     assert lse.dtype == accumulation_dtype(q.dtype)
@@ -80,7 +69,7 @@ def both_passes(
         v,
         out,
         lse,
-        exchange=Local(tiles, k, v),
+        exchange=exchange,
         kernel=kernel,
         scores=scores,
     )
@@ -96,11 +85,6 @@ def problems(compute_capability: tuple[int, int]) -> Iterator[Problem]:
         yield Problem("cuda", dtype, *heads, *dims, compute_capability=compute_capability)
 
 
-def efficient_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_, **__) -> tuple:
-    """Shapes of torch's operator; torch 2.13's own function of them lacks the argument `out`."""
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(())
-
-
 def copied(integers: list[int], device: torch.device) -> Tensor:
     """Bounds on the device; without a driver there is neither pinned memory nor a stream."""
     return torch.tensor(integers, dtype=torch.int32, device=device)
@@ -108,10 +92,12 @@ def copied(integers: list[int], device: torch.device) -> Tensor:
 
 def main(name: str, compute_capability: str) -> None:
     major, minor = map(int, compute_capability.split("."))
-    meta = torch.library.Library("aten", "IMPL", "Meta")
-    meta.impl("_efficient_attention_backward", efficient_backward, allow_override=True)
     passed = refused = without_driver = 0
-    with FakeTensorMode(), patch.object(flash_form, "_copied", copied):
+    with (
+        FakeTensorMode(),
+        patch.object(flash_form, "_copied", copied),
+        patch.object(torch_efficient, "aten", Aten()),
+    ):
         for problem in problems((major, minor)):
             if reason := offer_of(name).supports(problem):
                 print(f"refused: {problem}: {reason}")
