@@ -74,10 +74,10 @@ def replay(
     if not chosen:
         labels = ", ".join(repr(case.label) for case in known)
         raise ValueError(f"only must be a part of one of {labels}, got {list(only)}.")
-    source = _source(commit)
+    facts = {"versions": package_versions() | cuda_versions(), **_source(commit)}
     rows = []
     for case in chosen:
-        row = make_row(case, device, reps, source)
+        row = make_row(case, device, reps, facts)
         rows.append(row)
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,8 +106,8 @@ def _source(commit: str | None) -> dict[str, Any]:
     return source
 
 
-def make_row(case: Case, device: str, reps: int, source: dict[str, Any]) -> dict[str, Any]:
-    """A whole row, as those of benchmarks/rows.py; `source`: commit, and whether it has changes."""
+def make_row(case: Case, device: str, reps: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """A whole row, as those of benchmarks/rows.py; `facts`: versions and commit, of all rows."""
     results: dict[str, Any] = {}
     error = None
     start = time.monotonic()
@@ -144,8 +144,7 @@ def make_row(case: Case, device: str, reps: int, source: dict[str, Any]) -> dict
             "system": platform.platform(),
         },
         "took_seconds": time.monotonic() - start,
-        "versions": package_versions() | cuda_versions(),
-        **source,
+        **facts,
         "command": shlex.join(["nnscaler-ring", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
