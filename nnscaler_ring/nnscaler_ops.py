@@ -527,9 +527,9 @@ def _attend_to_all_blocks(
     long_k, long_v = (
         x.as_subclass(Tensor).repeat(1, copies, 1, 1)[:, : k.keys].flatten(0, 1) for x in (k, v)
     )
-    documents = (torch.arange(batch + 1) * tokens for tokens in (local, k.keys))
+    cu_q, cu_k = (torch.arange(batch + 1) * tokens for tokens in (local, k.keys))
     extras, options = split_arguments(others)
-    extras = extras._replace(cu_seqlens_q=next(documents), cu_seqlens_k=next(documents))
+    extras = extras._replace(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
     if extras.alibi_slopes is not None:
         extras = extras._replace(alibi_slopes=extras.alibi_slopes.view(-1, q.shape[2])[0])
     options = options._replace(compute_len=batch * local)
