@@ -58,7 +58,7 @@ setup(
         "lint": LINT,
         "dev": sorted({*DEMO, *BENCH, *TEST, *LINT}),
     },
-    entry_points={"console_scripts": ["nnscaler-ring = nnscaler_ring.cli:main"]},
+    entry_points={"console_scripts": ["nnscaler-ring = nnscaler_ring.tools.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",

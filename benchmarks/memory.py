@@ -1,8 +1,8 @@
 """Memory of a forward and a backward pass above its inputs, in multiples of the local q tensor.
 
 Two figures, because they see different things. Counted: the largest sum of live tensor bytes, see
-Note [Counted bytes] in nnscaler_ring/demo/memory.py; without what libraries allocate. Peak RSS:
-what the process held at most, as the kernel saw it; with everything, fragmentation too.
+Note [Counted bytes] in nnscaler_ring/tools/demo/memory.py; without what libraries allocate. Peak
+RSS: what the process held at most, as the kernel saw it; with everything, fragmentation too.
 
 Above q, k, v and dout; out, dq, dk and dv are included. Tables also give it less dq, dk, dv.
 """
@@ -18,7 +18,7 @@ from benchmarks.processes import Processes, Worker
 from benchmarks.progress import Waiting
 from benchmarks.rows import Row, make_row
 from benchmarks.work import OPS, Run, Work, make_run, our_attention, sdpa_attention
-from nnscaler_ring.demo.memory import count_tensor_bytes, reset_resident_peak, status_bytes
+from nnscaler_ring.tools.demo.memory import count_tensor_bytes, reset_resident_peak, status_bytes
 
 SDPA = "F.sdpa"
 OURS = [

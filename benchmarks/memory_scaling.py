@@ -19,9 +19,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.rows import make_row, write_rows
-from nnscaler_ring.demo.memory import peak_memory
-from nnscaler_ring.launch import Rank, run_ranks
 from nnscaler_ring.models import RingAttention, even_shard_lens
+from nnscaler_ring.tools.demo.memory import peak_memory
+from nnscaler_ring.tools.launch import Rank, run_ranks
 
 D_MODEL, HEADS = 512, 8
 WARM_UP_TOKENS = 64

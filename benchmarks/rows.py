@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import nnscaler_ring
-from nnscaler_ring.machine import source_commit
+from nnscaler_ring.tools.machine import source_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 

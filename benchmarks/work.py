@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.processes import Worker
 from nnscaler_ring import wrap_ring_attn_func, wrap_ring_attn_varlen_func, wrap_zigzag_attn_func
-from nnscaler_ring.core.layout import LAYOUTS, SequenceLayout
+from nnscaler_ring.core.plan.layout import LAYOUTS, SequenceLayout
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Run = Callable[[], Sequence[Tensor]]

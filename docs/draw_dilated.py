@@ -18,9 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
 from nnscaler_ring.core.dilated import DilatedPlan, SpanningRows
-from nnscaler_ring.core.dilation import Branch, HeadOffsets, SpanningSegments
 from nnscaler_ring.core.exchange import DirectPlan
-from nnscaler_ring.core.schedule import CAUSAL, Mask, Schedule
+from nnscaler_ring.core.plan.dilation import Branch, HeadOffsets, SpanningSegments
+from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, Schedule
 
 SHARDS = (TOKENS // RANKS,) * RANKS
 SHORT, MIDDLE, LONG = Branch(6, 1), Branch(16, 2), Branch(48, 4)

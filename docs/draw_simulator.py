@@ -8,7 +8,7 @@ Lines and times are predicted; points are counted while the real engine runs a r
 from dataclasses import replace
 from pathlib import Path
 
-from nnscaler_ring.core.schedule import CAUSAL, Mask
+from nnscaler_ring.core.plan.schedule import CAUSAL, Mask
 from nnscaler_ring.simulator import (
     GeneratedInputs,
     RingAttentionMemoryProfiler,

@@ -16,8 +16,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
-from nnscaler_ring.core.layout import Contiguous, PackedDocuments, SequenceLayout, Striped, Zigzag
-from nnscaler_ring.core.schedule import CAUSAL, Mask, Schedule
+from nnscaler_ring.core.plan.layout import (
+    Contiguous,
+    PackedDocuments,
+    SequenceLayout,
+    Striped,
+    Zigzag,
+)
+from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, Schedule
 
 TOKENS, RANKS = 48, 4
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728")

@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from nnscaler_ring.core.kernels import select_kernel
-from nnscaler_ring.core.online_softmax import PartialOutput
-from nnscaler_ring.machine import check_device, origin
+from nnscaler_ring.core.sums.online_softmax import PartialOutput
 from nnscaler_ring.simulator import GeneratedInputs, Sizes
 from nnscaler_ring.simulator.live_bytes import LiveBytes
 from nnscaler_ring.simulator.planner import gigabytes
 from nnscaler_ring.simulator.sampled_rows import exact_rows
+from nnscaler_ring.tools.machine import check_device, origin
 
 
 def arguments() -> argparse.Namespace:

@@ -23,11 +23,11 @@ from rich.table import Table
 
 from nnscaler_ring import wrap_zigzag_attn_func
 from nnscaler_ring.core.kernels import Problem, select_kernel
-from nnscaler_ring.core.online_softmax import PartialOutput
-from nnscaler_ring.demo.memory import count_tensor_bytes, peak_memory
-from nnscaler_ring.launch import Rank, check_ranks, run_ranks
-from nnscaler_ring.machine import origin
+from nnscaler_ring.core.sums.online_softmax import PartialOutput
 from nnscaler_ring.simulator.live_bytes import LiveBytes
+from nnscaler_ring.tools.demo.memory import count_tensor_bytes, peak_memory
+from nnscaler_ring.tools.launch import Rank, check_ranks, run_ranks
+from nnscaler_ring.tools.machine import origin
 
 MIB = 2**20
 HEADS, HEAD_DIM = 2, 64

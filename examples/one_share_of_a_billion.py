@@ -20,14 +20,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from nnscaler_ring.core.online_softmax import merge_
-from nnscaler_ring.core.schedule import CAUSAL, Mask
-from nnscaler_ring.machine import check_device, origin
+from nnscaler_ring.core.plan.schedule import CAUSAL, Mask
+from nnscaler_ring.core.sums.online_softmax import merge_
 from nnscaler_ring.simulator import GeneratedInputs, RingAttentionSimulator, SimulatedCall, Sizes
 from nnscaler_ring.simulator.dilated_branch import DilatedBranch, longnet_branches
 from nnscaler_ring.simulator.live_bytes import LiveBytes
 from nnscaler_ring.simulator.planner import gigabytes
 from nnscaler_ring.simulator.sampled_rows import exact_rows
+from nnscaler_ring.tools.machine import check_device, origin
 
 
 def arguments() -> argparse.Namespace:

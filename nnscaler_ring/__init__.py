@@ -6,9 +6,9 @@ Importing this package imports torch and the standard library only.
 from typing import TYPE_CHECKING, Any
 
 from nnscaler_ring import dilated_attn, ring_attn, ring_attn_varlen, zigzag_attn
-from nnscaler_ring.core.dilation import HeadOffsets
-from nnscaler_ring.core.dropout import DropoutSeed
-from nnscaler_ring.core.groups import Traffic, set_agreement_timeout, traffic
+from nnscaler_ring.core.plan.dilation import HeadOffsets
+from nnscaler_ring.core.ranks.groups import Traffic, set_agreement_timeout, traffic
+from nnscaler_ring.core.scores.dropout import DropoutSeed
 from nnscaler_ring.nnscaler_hook import register_when_imported
 from nnscaler_ring.zigzag_attn import zigzag_positions, zigzag_shard, zigzag_unshard
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from nnscaler_ring.core.attention import dilated_attention
+from nnscaler_ring.core.op.attention import dilated_attention
 
 if TYPE_CHECKING:
-    from nnscaler_ring.core.dilation import HeadOffsets
-    from nnscaler_ring.core.groups import ProcessGroupLike
+    from nnscaler_ring.core.plan.dilation import HeadOffsets
+    from nnscaler_ring.core.ranks.groups import ProcessGroupLike
 
 
 def wrap_dilated_attn_func(

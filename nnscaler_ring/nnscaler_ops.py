@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.dilation import HeadOffsets
-from nnscaler_ring.core.dropout import DropoutSeed
-from nnscaler_ring.core.ops import attention_op
-from nnscaler_ring.core.options import arguments_of, split_arguments
+from nnscaler_ring.core.op.ops import attention_op
+from nnscaler_ring.core.op.options import arguments_of, split_arguments
+from nnscaler_ring.core.plan.dilation import HeadOffsets
+from nnscaler_ring.core.scores.dropout import DropoutSeed
 
 Range = tuple[int, int]
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from nnscaler_ring.core.attention import context_parallel_attention
+from nnscaler_ring.core.op.attention import context_parallel_attention
 
 if TYPE_CHECKING:
-    from nnscaler_ring.core.dropout import DropoutSeed
-    from nnscaler_ring.core.groups import ProcessGroupLike
+    from nnscaler_ring.core.ranks.groups import ProcessGroupLike
+    from nnscaler_ring.core.scores.dropout import DropoutSeed
 
 
 def wrap_ring_attn_varlen_func(

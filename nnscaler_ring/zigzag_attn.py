@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.agreement import refusing_together
-from nnscaler_ring.core.attention import context_parallel_attention
-from nnscaler_ring.core.checks import (
+from nnscaler_ring.core.op.attention import context_parallel_attention
+from nnscaler_ring.core.op.checks import (
     check_dim,
     check_own_length,
     check_shard_lens,
     check_total,
     check_zigzag_layout,
 )
-from nnscaler_ring.core.groups import find_place, group_string
-from nnscaler_ring.core.layout import LAYOUTS, Zigzag
-from nnscaler_ring.core.relayout_op import relayout_op
+from nnscaler_ring.core.op.relayout_op import relayout_op
+from nnscaler_ring.core.plan.layout import LAYOUTS, Zigzag
+from nnscaler_ring.core.ranks.agreement import refusing_together
+from nnscaler_ring.core.ranks.groups import find_place, group_string
 
 if TYPE_CHECKING:
-    from nnscaler_ring.core.dropout import DropoutSeed
-    from nnscaler_ring.core.groups import ProcessGroupLike
+    from nnscaler_ring.core.ranks.groups import ProcessGroupLike
+    from nnscaler_ring.core.scores.dropout import DropoutSeed
 
 
 def wrap_zigzag_attn_func(

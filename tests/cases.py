@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring import wrap_ring_attn_func, wrap_ring_attn_varlen_func, wrap_zigzag_attn_func
-from nnscaler_ring.core.layout import LAYOUTS
-from nnscaler_ring.core.online_softmax import merge_
+from nnscaler_ring.core.plan.layout import LAYOUTS
+from nnscaler_ring.core.sums.online_softmax import merge_
 from tests.oracle import dense_gradients, make_dout, make_qkv, random_cu_seqlens
 from tests.ranks import RankPool
 from tests.tolerances import assert_close_float64

@@ -8,7 +8,7 @@ from nnscaler_ring.core.kernels import AttentionKernel, Problem
 from nnscaler_ring.core.kernels.aten_flash import AtenFlash
 from nnscaler_ring.core.kernels.flash_form import FlashKernel
 from nnscaler_ring.core.kernels.torch_efficient import Efficient
-from nnscaler_ring.core.scores import Scores
+from nnscaler_ring.core.scores.scores import Scores
 from tests.core.kernels.test_reference import OneDevice, Shape, tile_of
 
 

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import (
 
 import nnscaler_ring
 from nnscaler_ring import HeadOffsets, Traffic, wrap_dilated_attn_func
-from nnscaler_ring.core.dilated_ops import DilatedOptions
-from nnscaler_ring.core.groups import group_string
+from nnscaler_ring.core.op.dilated_ops import DilatedOptions
+from nnscaler_ring.core.ranks.groups import group_string
 from tests.dilated_oracle import dilated_gradients
 from tests.oracle import dense_gradients, make_dout, make_qkv
 from tests.tolerances import assert_close_float64, assert_close_relative

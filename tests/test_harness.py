@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nnscaler_ring.core.groups import group_of, group_string
+from nnscaler_ring.core.ranks.groups import group_of, group_string
 from tests.cases import start_on
 from tests.oracle import (
     dense_attention,

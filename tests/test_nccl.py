@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring import wrap_zigzag_attn_func
-from nnscaler_ring.core.groups import Traffic, find_place, group_string
-from nnscaler_ring.core.transport import Message, Transport, connect
-from nnscaler_ring.launch import Rank, run_ranks
+from nnscaler_ring.core.ranks.groups import Traffic, find_place, group_string
+from nnscaler_ring.core.ranks.transport import Message, Transport, connect
+from nnscaler_ring.tools.launch import Rank, run_ranks
 from tests.cases import EXCHANGES, Case, all_cases, check_results, run_cases, sample
 
 RANKS = 2

@@ -17,9 +17,9 @@ from nnscaler_ring import (
     wrap_zigzag_attn_func,
 )
 from nnscaler_ring.core.kernels import KERNELS, Problem, kernel_refusals, select_kernel
+from tests.core.plan.test_schedule import dense_problem, packed_problem
 from tests.core.test_engine import SCALE
 from tests.core.test_engine import run as run_in_one_process
-from tests.core.test_schedule import dense_problem, packed_problem
 from tests.one_gpu import attend_on_gpu
 from tests.oracle import dense_gradients, make_dout, make_qkv
 from tests.tolerances import (

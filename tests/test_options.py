@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nnscaler_ring import DropoutSeed, wrap_ring_attn_func, wrap_ring_attn_varlen_func
-from nnscaler_ring.core.dropout import Dropout
+from nnscaler_ring.core.scores.dropout import Dropout
 from tests.oracle import dropout_factors, make_qkv
 
 HEADS = 4

@@ -11,9 +11,9 @@ from torch import Tensor
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
 from tests.cases import Case, run_case
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
+from tests.core.plan.test_schedule import dense_problem
 from tests.core.test_engine import SCALE
 from tests.core.test_engine import run as run_in_one_process
-from tests.core.test_schedule import dense_problem
 from tests.one_gpu import attend_on_gpu
 from tests.oracle import dense_gradients, make_dout, make_qkv, visible
 from tests.ranks import RankPool

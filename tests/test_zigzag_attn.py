@@ -12,7 +12,7 @@ from nnscaler_ring import (
     zigzag_shard,
     zigzag_unshard,
 )
-from tests.core.test_layout import contiguous_tokens, zigzag_tokens
+from tests.core.plan.test_layout import contiguous_tokens, zigzag_tokens
 from tests.oracle import make_qkv
 
 DTYPES = (

@@ -33,7 +33,7 @@ from examples.energy_forecasting.sources.csv_file import read_columns, read_csv
 from examples.energy_forecasting.splits import split
 from examples.energy_forecasting.training import Checkpoint
 from examples.energy_forecasting.training import train as train_on_rank
-from nnscaler_ring.launch import RankError, run_ranks
+from nnscaler_ring.tools.launch import RankError, run_ranks
 
 HERE = Path(__file__).parent
 EXCERPT_CSV = HERE / "data" / "us48_2024_excerpt.csv"

@@ -22,7 +22,7 @@ from examples.energy_forecasting.model import Forecaster
 from examples.energy_forecasting.series import HOUR, HourlySeries
 from examples.energy_forecasting.sharding import forecast_window
 from examples.energy_forecasting.training import Checkpoint, passes
-from nnscaler_ring.launch import Rank
+from nnscaler_ring.tools.launch import Rank
 
 Array = np.ndarray
 FALSE_ALARMS = 0.001

@@ -13,8 +13,8 @@ from examples.energy_forecasting.evaluation import forecast_on_rank
 from examples.energy_forecasting.series import HourlySeries
 from examples.energy_forecasting.splits import split
 from examples.energy_forecasting.training import Checkpoint, Run, train
-from nnscaler_ring.demo.memory import peak_memory
-from nnscaler_ring.launch import Rank, run_ranks
+from nnscaler_ring.tools.demo.memory import peak_memory
+from nnscaler_ring.tools.launch import Rank, run_ranks
 
 RANKS = (1, 2, 4)
 FLOAT64_STEPS = 2

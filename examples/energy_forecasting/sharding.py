@@ -10,7 +10,7 @@ from torch import Tensor
 from examples.energy_forecasting.features import Features
 from examples.energy_forecasting.model import Forecaster
 from nnscaler_ring import zigzag_positions
-from nnscaler_ring.core.layout import Zigzag
+from nnscaler_ring.core.plan.layout import Zigzag
 
 
 def forecast_window(

@@ -21,8 +21,8 @@ from examples.energy_forecasting.model import Forecaster, pinball_loss
 from examples.energy_forecasting.series import HOUR, HourlySeries
 from examples.energy_forecasting.sharding import forecast_window
 from examples.energy_forecasting.splits import Split, daily_origins, split
-from nnscaler_ring.launch import Rank
 from nnscaler_ring.models import sum_gradients
+from nnscaler_ring.tools.launch import Rank
 
 ORIGINS_PER_PASS = 28
 """Days forecast from one pass over a context: the first sees `context` hours, the others more."""

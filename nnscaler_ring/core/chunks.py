@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nnscaler_ring.core.exchange import GradientStep, Keys, KVExchange
-from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.tile import clip_keys
+from nnscaler_ring.core.plan.tile import clip_keys
+from nnscaler_ring.core.sums.row_sum import RowSum
 
 
 class InChunks(NamedTuple):

@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.chunks import InChunks
-from nnscaler_ring.core.dilation import (
+from nnscaler_ring.core.engine import gradient_sums, partial_attention
+from nnscaler_ring.core.exchange import DirectPlan, ExchangePlan, KVExchange
+from nnscaler_ring.core.kernels import AttentionKernel
+from nnscaler_ring.core.offered_rows import OfferedRows, OfferedRowsPlan
+from nnscaler_ring.core.plan.dilation import (
     Branch,
     HeadGroup,
     HeadOffsets,
@@ -27,15 +31,11 @@ from nnscaler_ring.core.dilation import (
     head_groups,
     whole_segments,
 )
-from nnscaler_ring.core.engine import gradient_sums, partial_attention
-from nnscaler_ring.core.exchange import DirectPlan, ExchangePlan, KVExchange
-from nnscaler_ring.core.kernels import AttentionKernel
-from nnscaler_ring.core.layout import Contiguous
-from nnscaler_ring.core.offered_rows import OfferedRows, OfferedRowsPlan
-from nnscaler_ring.core.online_softmax import PartialOutput, accumulation_dtype
-from nnscaler_ring.core.schedule import Mask, Schedule
-from nnscaler_ring.core.scores import Scores
-from nnscaler_ring.core.transport import Transport
+from nnscaler_ring.core.plan.layout import Contiguous
+from nnscaler_ring.core.plan.schedule import Mask, Schedule
+from nnscaler_ring.core.ranks.transport import Transport
+from nnscaler_ring.core.scores.scores import Scores
+from nnscaler_ring.core.sums.online_softmax import PartialOutput, accumulation_dtype
 
 
 class Selection(Protocol):

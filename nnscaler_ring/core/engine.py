@@ -22,10 +22,10 @@ from torch import Tensor
 
 from nnscaler_ring.core.exchange import KVExchange
 from nnscaler_ring.core.kernels import AttentionKernel
-from nnscaler_ring.core.online_softmax import PartialOutput
-from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.scores import Scores
-from nnscaler_ring.core.sinks import merge_sinks_, sink_gradient
+from nnscaler_ring.core.scores.scores import Scores
+from nnscaler_ring.core.sums.online_softmax import PartialOutput
+from nnscaler_ring.core.sums.row_sum import RowSum
+from nnscaler_ring.core.sums.sinks import merge_sinks_, sink_gradient
 
 
 class Gradients(NamedTuple):

@@ -18,8 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.coordinates import KeyRows
-from nnscaler_ring.core.dilation import SpanningSegments, Strip
 from nnscaler_ring.core.exchange import (
     EXCHANGES,
     DirectPlan,
@@ -29,9 +27,9 @@ from nnscaler_ring.core.exchange import (
     KVExchange,
     Sent,
 )
-from nnscaler_ring.core.layout import Span
-from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.schedule import (
+from nnscaler_ring.core.plan.dilation import SpanningSegments, Strip
+from nnscaler_ring.core.plan.layout import Span
+from nnscaler_ring.core.plan.schedule import (
     CAUSAL,
     FULL,
     Mask,
@@ -41,8 +39,10 @@ from nnscaler_ring.core.schedule import (
     tiles_of_spans,
     union,
 )
-from nnscaler_ring.core.tile import Tile
-from nnscaler_ring.core.transport import Transport
+from nnscaler_ring.core.plan.tile import Tile
+from nnscaler_ring.core.ranks.transport import Transport
+from nnscaler_ring.core.scores.coordinates import KeyRows
+from nnscaler_ring.core.sums.row_sum import RowSum
 
 
 class OfferedRows(Schedule):

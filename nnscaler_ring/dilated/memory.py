@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nnscaler_ring.core.dilated import DilatedPlan, Part, SpanningRows, WholeSegmentRows
-from nnscaler_ring.core.dilation import Branch, HeadGroup, HeadOffsets
 from nnscaler_ring.core.exchange import AllGatherPlan, DirectPlan, ExchangePlan, RingPlan
 from nnscaler_ring.core.offered_rows import OfferedRowsPlan
-from nnscaler_ring.core.schedule import CAUSAL, FULL, row_count
+from nnscaler_ring.core.plan.dilation import Branch, HeadGroup, HeadOffsets
+from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, row_count
 from nnscaler_ring.simulator.memory import Memory
 from nnscaler_ring.simulator.sizes import Sizes
 

@@ -31,7 +31,7 @@ class Monitor:
         if profile_memory and not torch.cuda.is_available():
             raise ValueError(
                 "profile_memory must be False without CUDA, whose allocator does the counting; "
-                "nnscaler_ring.demo.memory.peak_memory measures on a CPU."
+                "nnscaler_ring.tools.demo.memory.peak_memory measures on a CPU."
             )
         self.log_level, self.profile_memory = log_level, profile_memory
         self._steps = 0

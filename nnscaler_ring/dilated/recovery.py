@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nnscaler_ring.core.groups import ALONE, find_place
+from nnscaler_ring.core.ranks.groups import ALONE, find_place
 
 
 def reserve_together(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nnscaler_ring.core.groups import group_of, group_string, traffic
+from nnscaler_ring.core.ranks.groups import group_of, group_string, traffic
 from nnscaler_ring.dilated.arguments import refuse_unless
 from nnscaler_ring.dilated.deepspeed_config import make_deepspeed_config, require_deepspeed
 from nnscaler_ring.dilated.gradients import shard_parameters, sum_gradients

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nnscaler_ring.core.kernels import Problem
-from nnscaler_ring.demo.memory import peak_memory
 from nnscaler_ring.dilated.ring_dilated_attention import RingDilatedAttention
 from nnscaler_ring.dilated.ring_multihead_dilated_attention import RingMultiheadDilatedAttention
-from nnscaler_ring.launch import Rank, check_ranks, run_ranks
-from nnscaler_ring.machine import usable_kernel
 from nnscaler_ring.models.sharing import even_shard_lens
+from nnscaler_ring.tools.demo.memory import peak_memory
+from nnscaler_ring.tools.launch import Rank, check_ranks, run_ranks
+from nnscaler_ring.tools.machine import usable_kernel
 
 TOLERANCES = {
     torch.float64: 1e-10,

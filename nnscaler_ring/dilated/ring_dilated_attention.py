@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nnscaler_ring.core.agreement import refusing_together
-from nnscaler_ring.core.attention import dilated_attention
-from nnscaler_ring.core.checks import check_branches, check_head_offsets, check_qkv
-from nnscaler_ring.core.dilation import HeadOffsets
 from nnscaler_ring.core.exchange import EXCHANGES
-from nnscaler_ring.core.groups import Place, find_place, group_string, traffic
 from nnscaler_ring.core.kernels import KERNELS
+from nnscaler_ring.core.op.attention import dilated_attention
+from nnscaler_ring.core.op.checks import check_branches, check_head_offsets, check_qkv
+from nnscaler_ring.core.plan.dilation import HeadOffsets
+from nnscaler_ring.core.ranks.agreement import refusing_together
+from nnscaler_ring.core.ranks.groups import Place, find_place, group_string, traffic
 from nnscaler_ring.dilated.arguments import refuse_unless, refuse_unless_none
 from nnscaler_ring.dilated.bounded_cache import BoundedCache
 from nnscaler_ring.dilated.device_memory import device_figures, free_bytes
@@ -26,7 +26,7 @@ from nnscaler_ring.models.sharing import check_ring_size
 from nnscaler_ring.simulator.sizes import Sizes
 
 if TYPE_CHECKING:
-    from nnscaler_ring.core.groups import ProcessGroupLike
+    from nnscaler_ring.core.ranks.groups import ProcessGroupLike
 
 CALLS_REMEMBERED = 20
 """Shapes of calls whose needs are kept, unless told otherwise."""

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnscaler_ring.core.agreement import refusing_together
-from nnscaler_ring.core.dilation import HeadOffsets
-from nnscaler_ring.core.groups import group_string
+from nnscaler_ring.core.plan.dilation import HeadOffsets
+from nnscaler_ring.core.ranks.agreement import refusing_together
+from nnscaler_ring.core.ranks.groups import group_string
 from nnscaler_ring.dilated.arguments import refuse_unless, refuse_unless_none
 from nnscaler_ring.dilated.head_norm import HeadNorm
 from nnscaler_ring.dilated.limits import BufferLimits
@@ -20,7 +20,7 @@ from nnscaler_ring.dilated.selective import checkpointed
 from nnscaler_ring.dilated.tensor_ranks import AllHeads, local_part
 
 if TYPE_CHECKING:
-    from nnscaler_ring.core.groups import ProcessGroupLike
+    from nnscaler_ring.core.ranks.groups import ProcessGroupLike
 
 
 class RingMultiheadDilatedAttention(nn.Module):

@@ -10,12 +10,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnscaler_ring.core.groups import find_place, group_string
+from nnscaler_ring.core.ranks.groups import find_place, group_string
 from nnscaler_ring.dilated.ring_multihead_dilated_attention import RingMultiheadDilatedAttention
 from nnscaler_ring.models.sharing import positions_of_shard
 
 if TYPE_CHECKING:
-    from nnscaler_ring.core.groups import ProcessGroupLike
+    from nnscaler_ring.core.ranks.groups import ProcessGroupLike
 
 NO_LABEL = -100
 """Of the last token of the sequence, which has no next one."""

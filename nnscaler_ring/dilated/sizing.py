@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nnscaler_ring.core.checks import check_branches
-from nnscaler_ring.core.dilation import HeadOffsets
+from nnscaler_ring.core.op.checks import check_branches
+from nnscaler_ring.core.plan.dilation import HeadOffsets
 from nnscaler_ring.dilated.memory import DilatedShape, predict_needs
 from nnscaler_ring.simulator.call import equal_shards
 from nnscaler_ring.simulator.sizes import Sizes, dtype_name

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nnscaler_ring.models.ring_attention import RingAttention
 
 if TYPE_CHECKING:
-    from nnscaler_ring.core.groups import ProcessGroupLike
+    from nnscaler_ring.core.ranks.groups import ProcessGroupLike
 
 
 class EnergyTransformerBlock(nn.Module):

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nnscaler_ring.core.groups import Place, find_place, group_string
+from nnscaler_ring.core.ranks.groups import Place, find_place, group_string
 
 if TYPE_CHECKING:
-    from nnscaler_ring.core.groups import ProcessGroupLike
+    from nnscaler_ring.core.ranks.groups import ProcessGroupLike
 
 
 def last_token(

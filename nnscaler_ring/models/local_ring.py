@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.checks import check_dropout_p, check_mask, check_qkv, check_scale
-from nnscaler_ring.core.dropout import Dropout, seed_tensor
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import GradientStep, Keys
 from nnscaler_ring.core.kernels import AttentionKernel, Problem, select_kernel
-from nnscaler_ring.core.layout import Contiguous
-from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.schedule import Mask, Schedule
-from nnscaler_ring.core.scores import Scores
+from nnscaler_ring.core.op.checks import check_dropout_p, check_mask, check_qkv, check_scale
+from nnscaler_ring.core.plan.layout import Contiguous
+from nnscaler_ring.core.plan.schedule import Mask, Schedule
+from nnscaler_ring.core.scores.dropout import Dropout, seed_tensor
+from nnscaler_ring.core.scores.scores import Scores
+from nnscaler_ring.core.sums.row_sum import RowSum
 
 
 def local_ring_attention(

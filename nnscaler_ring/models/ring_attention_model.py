@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from nnscaler_ring.core.agreement import refusing_together
-from nnscaler_ring.core.groups import group_string
+from nnscaler_ring.core.ranks.agreement import refusing_together
+from nnscaler_ring.core.ranks.groups import group_string
 from nnscaler_ring.models.heads import to_heads
 from nnscaler_ring.models.last_token import last_token
 from nnscaler_ring.models.local_ring import local_ring_attention
@@ -16,7 +16,7 @@ from nnscaler_ring.models.sharing import check_ring_size
 from nnscaler_ring.ring_attn import wrap_ring_attn_func
 
 if TYPE_CHECKING:
-    from nnscaler_ring.core.groups import ProcessGroupLike
+    from nnscaler_ring.core.ranks.groups import ProcessGroupLike
 
 DEFAULT_CHUNKS = 4
 HIDDEN_SIZE = 256

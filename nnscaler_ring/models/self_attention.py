@@ -15,7 +15,7 @@ from nnscaler_ring.ring_attn import wrap_ring_attn_func
 from nnscaler_ring.zigzag_attn import wrap_zigzag_attn_func
 
 if TYPE_CHECKING:
-    from nnscaler_ring.core.groups import ProcessGroupLike
+    from nnscaler_ring.core.ranks.groups import ProcessGroupLike
 
 LAYOUTS = ("contiguous", "zigzag", "zigzag order")
 """How ranks share a sequence. "contiguous": contiguous shards and `wrap_ring_attn_func`. "zigzag":

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nnscaler_ring.core.groups import find_place, group_of, group_string
+from nnscaler_ring.core.ranks.groups import find_place, group_of, group_string
 from nnscaler_ring.zigzag_attn import zigzag_positions
 
 if TYPE_CHECKING:
-    from nnscaler_ring.core.groups import ProcessGroupLike
+    from nnscaler_ring.core.ranks.groups import ProcessGroupLike
 
 
 def check_ring_size(

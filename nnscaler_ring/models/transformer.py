@@ -14,7 +14,7 @@ from nnscaler_ring.models.rope import rope_rotation
 from nnscaler_ring.models.sharing import positions_of_shard
 
 if TYPE_CHECKING:
-    from nnscaler_ring.core.groups import ProcessGroupLike
+    from nnscaler_ring.core.ranks.groups import ProcessGroupLike
 
 
 @dataclass(frozen=True)

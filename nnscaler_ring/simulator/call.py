@@ -9,10 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.checks import check_cu_seqlens_values, check_shard_lens
 from nnscaler_ring.core.exchange import EXCHANGES
-from nnscaler_ring.core.layout import LAYOUTS, PackedDocuments, SequenceLayout
-from nnscaler_ring.core.schedule import CAUSAL, Mask, Rows, Schedule
+from nnscaler_ring.core.op.checks import check_cu_seqlens_values, check_shard_lens
+from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments, SequenceLayout
+from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, Rows, Schedule
 from nnscaler_ring.simulator.sizes import Sizes
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 from nnscaler_ring.core.exchange.rounds import BACKWARD_KEYS, FORWARD_KEYS, Distance, Round
 from nnscaler_ring.core.kernels import AttentionKernel
-from nnscaler_ring.core.online_softmax import ROWS_AT_ONCE
-from nnscaler_ring.core.schedule import row_count
-from nnscaler_ring.core.tile import UNBOUNDED, Tile
+from nnscaler_ring.core.plan.schedule import row_count
+from nnscaler_ring.core.plan.tile import UNBOUNDED, Tile
+from nnscaler_ring.core.sums.online_softmax import ROWS_AT_ONCE
 from nnscaler_ring.simulator.call import SimulatedCall
 
 ALIKE = 3

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nnscaler_ring.core.exchange import Sent
-from nnscaler_ring.core.schedule import Mask
+from nnscaler_ring.core.plan.schedule import Mask
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.cluster import Cluster
 from nnscaler_ring.simulator.memory import KernelTraits, Memory, predict_memory, traits_of

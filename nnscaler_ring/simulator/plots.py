@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnscaler_ring.core.layout import PackedDocuments
+from nnscaler_ring.core.plan.layout import PackedDocuments
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.timeline import Timeline
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from nnscaler_ring.core.exchange import GradientStep, Keys, KVExchange
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.kernels.tile_math import TileGradients
-from nnscaler_ring.core.tile import KernelCall, Tile
+from nnscaler_ring.core.plan.tile import KernelCall, Tile
 from nnscaler_ring.simulator.live_bytes import LiveBytes
 from nnscaler_ring.simulator.memory import predict_memory, traits_of
 from nnscaler_ring.simulator.simulator import RingAttentionSimulator

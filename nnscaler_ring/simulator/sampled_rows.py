@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.online_softmax import merge_
+from nnscaler_ring.core.sums.online_softmax import merge_
 from nnscaler_ring.simulator.inputs import Inputs
 
 KEYS_AT_ONCE = 1 << 16

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core import checks
-from nnscaler_ring.core.dropout import Dropout
 from nnscaler_ring.core.kernels import Problem
-from nnscaler_ring.core.scores import Scores
+from nnscaler_ring.core.op import checks
+from nnscaler_ring.core.scores.dropout import Dropout
+from nnscaler_ring.core.scores.scores import Scores
 from nnscaler_ring.simulator.call import SimulatedCall
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from nnscaler_ring.core.engine import Gradients, attention_backward, attention_forward
 from nnscaler_ring.core.exchange import KVExchange
-from nnscaler_ring.core.groups import Traffic
 from nnscaler_ring.core.kernels import AttentionKernel, select_kernel
-from nnscaler_ring.core.schedule import Rows
-from nnscaler_ring.core.scores import Scores
+from nnscaler_ring.core.plan.schedule import Rows
+from nnscaler_ring.core.ranks.groups import Traffic
+from nnscaler_ring.core.scores.scores import Scores
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.inputs import Inputs
 from nnscaler_ring.simulator.score_options import PLAIN, ScoreOptions

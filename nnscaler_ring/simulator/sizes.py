@@ -8,7 +8,7 @@ import torch
 
 from nnscaler_ring.core.exchange import Sent
 from nnscaler_ring.core.kernels import Problem
-from nnscaler_ring.core.online_softmax import accumulation_dtype
+from nnscaler_ring.core.sums.online_softmax import accumulation_dtype
 
 DTYPES = {
     "float64": torch.float64,

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.coordinates import KeyRows
 from nnscaler_ring.core.engine import attention_backward
 from nnscaler_ring.core.exchange import (
     EXCHANGES,
@@ -30,14 +29,15 @@ from nnscaler_ring.core.exchange import (
     RingPlan,
 )
 from nnscaler_ring.core.exchange.rounds import Rounds
-from nnscaler_ring.core.groups import Place, Traffic
 from nnscaler_ring.core.kernels import AttentionKernel
-from nnscaler_ring.core.online_softmax import accumulation_dtype
-from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.schedule import Rows, Schedule
-from nnscaler_ring.core.scores import Scores
-from nnscaler_ring.core.tile import Tile
-from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
+from nnscaler_ring.core.plan.schedule import Rows, Schedule
+from nnscaler_ring.core.plan.tile import Tile
+from nnscaler_ring.core.ranks.groups import Place, Traffic
+from nnscaler_ring.core.ranks.transport import Kind, Message, Transfer, Transport
+from nnscaler_ring.core.scores.coordinates import KeyRows
+from nnscaler_ring.core.scores.scores import Scores
+from nnscaler_ring.core.sums.online_softmax import accumulation_dtype
+from nnscaler_ring.core.sums.row_sum import RowSum
 
 
 class Queries(NamedTuple):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from nnscaler_ring.core.exchange import DirectPlan
 from nnscaler_ring.core.exchange.rounds import Distance, Round
-from nnscaler_ring.core.schedule import row_count
-from nnscaler_ring.core.tile import Tile
+from nnscaler_ring.core.plan.schedule import row_count
+from nnscaler_ring.core.plan.tile import Tile
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.cluster import Cluster
 from nnscaler_ring.simulator.memory import KernelTraits

@@ -10,8 +10,8 @@ from torch import Tensor
 from benchmarks import harness, memory, rows, sent_bytes, speed, table
 from benchmarks.processes import Processes, Worker, WorkerError
 from benchmarks.work import OPS, Work, context_parallel, gather, held_tokens, layout_of, sdpa
-from nnscaler_ring.core.layout import PackedDocuments, SequenceLayout
-from nnscaler_ring.core.schedule import Mask, Schedule, row_count
+from nnscaler_ring.core.plan.layout import PackedDocuments, SequenceLayout
+from nnscaler_ring.core.plan.schedule import Mask, Schedule, row_count
 
 MIB = 2**20
 

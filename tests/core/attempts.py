@@ -14,7 +14,7 @@ from nnscaler_ring import (
     wrap_ring_attn_func,
     wrap_ring_attn_varlen_func,
 )
-from nnscaler_ring.core.groups import group_of, group_state, group_string
+from nnscaler_ring.core.ranks.groups import group_of, group_state, group_string
 from tests.oracle import make_qkv
 
 TOKENS = 4  # per rank, in `arguments`

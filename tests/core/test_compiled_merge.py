@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core import online_softmax
-from nnscaler_ring.core.online_softmax import accumulation_dtype, eager_merge_, merge_
-from tests.core.test_fused_merge import ACCUMULATED, MODULE, assert_same, blocks
+from nnscaler_ring.core.sums import online_softmax
+from nnscaler_ring.core.sums.online_softmax import accumulation_dtype, eager_merge_, merge_
+from tests.core.sums.test_fused_merge import ACCUMULATED, MODULE, assert_same, blocks
 
 
 class NoGpu:

@@ -11,13 +11,13 @@ from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import GradientStep, Keys
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
-from nnscaler_ring.core.online_softmax import accumulation_dtype
-from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.scores import Scores
-from nnscaler_ring.core.tile import Tile
+from nnscaler_ring.core.plan.tile import Tile
+from nnscaler_ring.core.scores.scores import Scores
+from nnscaler_ring.core.sums.online_softmax import accumulation_dtype
+from nnscaler_ring.core.sums.row_sum import RowSum
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
+from tests.core.plan.test_schedule import Problem, dense_problem, random_problems
 from tests.core.test_exchange import dense_results, engine_inputs
-from tests.core.test_schedule import Problem, dense_problem, random_problems
 from tests.tolerances import assert_close_float64
 
 SCALE = 0.4

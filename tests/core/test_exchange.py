@@ -11,18 +11,18 @@ import nnscaler_ring
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import EXCHANGES, DirectPlan, ExchangePlan
 from nnscaler_ring.core.exchange import rounds as rounds_module
-from nnscaler_ring.core.groups import Traffic, find_place, group_state, group_string
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
-from nnscaler_ring.core.layout import LAYOUTS
-from nnscaler_ring.core.online_softmax import accumulation_dtype
-from nnscaler_ring.core.schedule import CAUSAL, Mask, PairWork, Schedule, row_count
-from nnscaler_ring.core.scores import Scores
-from nnscaler_ring.core.transport import Transport
+from nnscaler_ring.core.plan.layout import LAYOUTS
+from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, PairWork, Schedule, row_count
+from nnscaler_ring.core.ranks.groups import Traffic, find_place, group_state, group_string
+from nnscaler_ring.core.ranks.transport import Transport
+from nnscaler_ring.core.scores.scores import Scores
+from nnscaler_ring.core.sums.online_softmax import accumulation_dtype
 from tests.cases import EXCHANGES as EXCHANGE_NAMES
 from tests.cases import Case, all_cases, call, random_packings, rows_of, sample
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
-from tests.core.test_schedule import (
+from tests.core.plan.test_schedule import (
     Problem,
     dense_problem,
     packed_problem,

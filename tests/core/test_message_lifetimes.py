@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
-from nnscaler_ring.core.groups import Place
 from nnscaler_ring.core.kernels.reference import Reference
-from nnscaler_ring.core.layout import LAYOUTS
-from nnscaler_ring.core.relayout import move_rows, plan_moves
-from nnscaler_ring.core.scores import Scores
-from nnscaler_ring.core.transport import Kind, Message
+from nnscaler_ring.core.plan.layout import LAYOUTS
+from nnscaler_ring.core.plan.moves import plan_moves
+from nnscaler_ring.core.ranks.groups import Place
+from nnscaler_ring.core.ranks.relayout import move_rows
+from nnscaler_ring.core.ranks.transport import Kind, Message
+from nnscaler_ring.core.scores.scores import Scores
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
+from tests.core.plan.test_layout import TOKENS, random_lens
+from tests.core.plan.test_schedule import Problem, random_problems
 from tests.core.test_exchange import assert_rows_equal, dense_results, engine_inputs, plan_of
-from tests.core.test_layout import TOKENS, random_lens
-from tests.core.test_schedule import Problem, random_problems
 
 SECONDS = 20
 """After which a rank that waits for a message is stuck."""

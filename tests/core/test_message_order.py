@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from nnscaler_ring.core import transport
 from nnscaler_ring.core.exchange import EXCHANGES, DirectPlan, ExchangePlan
-from nnscaler_ring.core.groups import Place
-from nnscaler_ring.core.schedule import Schedule
-from nnscaler_ring.core.transport import Kind, Message, Transfer
-from tests.core.test_schedule import packed_problem, random_problems
+from nnscaler_ring.core.plan.schedule import Schedule
+from nnscaler_ring.core.ranks import transport
+from nnscaler_ring.core.ranks.groups import Place
+from nnscaler_ring.core.ranks.transport import Kind, Message, Transfer
+from tests.core.plan.test_schedule import packed_problem, random_problems
 
 
 @dataclass(frozen=True)

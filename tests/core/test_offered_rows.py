@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from nnscaler_ring.core.dilation import Branch, SpanningSegments, Strip, whole_segments
 from nnscaler_ring.core.exchange import DirectPlan
 from nnscaler_ring.core.offered_rows import OfferedRows
-from nnscaler_ring.core.schedule import CAUSAL, FULL, row_count
+from nnscaler_ring.core.plan.dilation import Branch, SpanningSegments, Strip, whole_segments
+from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, row_count
 
 Pairs = Counter[tuple[int, int]]
 

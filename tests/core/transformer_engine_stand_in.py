@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nnscaler_ring.core import transformer_engine
+from nnscaler_ring.core.op import transformer_engine
 from tests.oracle import dense_attention
 
 # Parameters of DotProductAttention after `self`, from the sources of each release; a default that

@@ -14,7 +14,7 @@ from nnscaler_ring.dilated.ring_attention_tester import (
     _difference,
     main,
 )
-from nnscaler_ring.launch import Rank
+from nnscaler_ring.tools.launch import Rank
 from tests.dilated_oracle import dilated_attention
 from tests.oracle import make_qkv
 from tests.tolerances import assert_close_float64

@@ -12,7 +12,7 @@ from examples.energy_forecasting.evaluation import collect, forecast_on_rank, sc
 from examples.energy_forecasting.metrics import coverage
 from examples.energy_forecasting.splits import split
 from examples.energy_forecasting.training import train
-from nnscaler_ring.launch import run_ranks
+from nnscaler_ring.tools.launch import run_ranks
 from tests.energy_forecasting.example_series import SMALL, excerpt
 from tests.energy_forecasting.test_training import ALONE
 

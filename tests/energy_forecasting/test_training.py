@@ -10,7 +10,7 @@ import torch
 from examples.energy_forecasting.evaluation import check_origins, forecast_on_rank
 from examples.energy_forecasting.splits import split
 from examples.energy_forecasting.training import Checkpoint, passes, train
-from nnscaler_ring.launch import Rank, RankError, run_ranks
+from nnscaler_ring.tools.launch import Rank, RankError, run_ranks
 from tests.energy_forecasting.example_series import SMALL, excerpt
 
 ALONE = Rank(0, 1, torch.device("cpu"), lambda value: None, Path())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnscaler_ring.core.layout import Zigzag
+from nnscaler_ring.core.plan.layout import Zigzag
 from nnscaler_ring.models import sum_gradients
 from tests.ranks import RankPool
 from tests.tolerances import assert_close_float64

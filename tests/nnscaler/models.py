@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 import nnscaler_ring
 from nnscaler_ring import DropoutSeed, HeadOffsets, wrap_ring_attn_func
-from nnscaler_ring.demo.model import Decoder, ModelConfig
-from nnscaler_ring.demo.shard import Attention
 from nnscaler_ring.ring_attn_varlen import wrap_ring_attn_varlen_func as varlen
+from nnscaler_ring.tools.demo.model import Decoder, ModelConfig
+from nnscaler_ring.tools.demo.shard import Attention
 
 
 class OneCall(nn.Module):

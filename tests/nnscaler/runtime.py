@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import nnscaler_ring  # noqa: F401 (registers the ops when nnscaler is imported)
 from nnscaler_ring.cpu_runtime import nnscaler_on_cpu
-from nnscaler_ring.launch import torchrun_environment
+from nnscaler_ring.tools.launch import torchrun_environment
 
 
 @contextmanager

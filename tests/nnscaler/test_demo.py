@@ -10,15 +10,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from nnscaler_ring.commands import commands
-from nnscaler_ring.commands import demo as demo_command
-from nnscaler_ring.demo.model import ModelConfig
-from nnscaler_ring.demo.nnscaler_train import NnScalerTraining
-from nnscaler_ring.demo.run import FLOAT64_LIMIT, DemoConfig, differences
-from nnscaler_ring.demo.shard import OPS
-from nnscaler_ring.demo.text import Corpus, load_corpus
-from nnscaler_ring.demo.train import TrainConfig, Training, TrainResult, train
-from nnscaler_ring.launch import Rank, run_ranks
+from nnscaler_ring.tools.commands import commands
+from nnscaler_ring.tools.commands import demo as demo_command
+from nnscaler_ring.tools.demo.model import ModelConfig
+from nnscaler_ring.tools.demo.nnscaler_train import NnScalerTraining
+from nnscaler_ring.tools.demo.run import FLOAT64_LIMIT, DemoConfig, differences
+from nnscaler_ring.tools.demo.shard import OPS
+from nnscaler_ring.tools.demo.text import Corpus, load_corpus
+from nnscaler_ring.tools.demo.train import TrainConfig, Training, TrainResult, train
+from nnscaler_ring.tools.launch import Rank, run_ranks
 
 TINY = TrainConfig(
     tokens=42,  # 21 on each rank: zigzag chunks of 10 and 11

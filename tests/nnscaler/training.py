@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nnscaler_ring import policies
-from nnscaler_ring.demo.model import Decoder
+from nnscaler_ring.tools.demo.model import Decoder
 from tests.nnscaler.models import CONFIG, TOKENS, arguments, transformer
 from tests.nnscaler.runtime import nnscaler_ranks, parallelize
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from nnscaler_ring.commands import commands
+from nnscaler_ring.tools.commands import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 

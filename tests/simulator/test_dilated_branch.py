@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnscaler_ring.core.schedule import CAUSAL, FULL, Mask
+from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Mask
 from nnscaler_ring.simulator import GeneratedInputs, RingAttentionSimulator, SimulatedCall, Sizes
 from nnscaler_ring.simulator.dilated_branch import DilatedBranch, longnet_branches
 

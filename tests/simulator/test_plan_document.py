@@ -20,9 +20,9 @@ from torch import Tensor
 import nnscaler_ring.simulator
 from benchmarks.one_device import ours, sdpa
 from nnscaler_ring import wrap_ring_attn_func
-from nnscaler_ring.core.groups import Place, Traffic
-from nnscaler_ring.core.schedule import CAUSAL, FULL
-from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
+from nnscaler_ring.core.plan.schedule import CAUSAL, FULL
+from nnscaler_ring.core.ranks.groups import Place, Traffic
+from nnscaler_ring.core.ranks.transport import Kind, Message, Transfer, Transport
 from nnscaler_ring.simulator import (
     GeneratedInputs,
     RingAttentionMemoryProfiler,
@@ -180,7 +180,7 @@ def refuse(*args, **options): raise AssertionError("sent something")
 for name in ("isend", "irecv", "batch_isend_irecv", "init_process_group", "new_group",
              "all_gather_single", "reduce_scatter_single", "all_gather_into_tensor"):
     setattr(dist, name, refuse)
-import nnscaler_ring.core.transport as transport
+import nnscaler_ring.core.ranks.transport as transport
 transport.ALL_GATHER = transport.REDUCE_SCATTER = refuse
 from nnscaler_ring.simulator import *
 sizes = Sizes(2, 2, 4, 4)

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from nnscaler_ring.commands import commands
-from nnscaler_ring.commands.plan import parse_mask
 from nnscaler_ring.core.exchange import EXCHANGES
-from nnscaler_ring.core.layout import LAYOUTS
-from nnscaler_ring.core.schedule import CAUSAL, FULL, Mask, Schedule
+from nnscaler_ring.core.plan.layout import LAYOUTS
+from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Mask, Schedule
 from nnscaler_ring.simulator import SimulatedCall, Sizes
 from nnscaler_ring.simulator.cluster import cluster_names, load_cluster
 from nnscaler_ring.simulator.memory import KernelTraits, predict_memory
 from nnscaler_ring.simulator.planner import Job, gigabytes, plan
 from nnscaler_ring.simulator.work import planned_work, rank_work
+from nnscaler_ring.tools.commands import commands
+from nnscaler_ring.tools.commands.plan import parse_mask
 
 BILLION = 10**9
 GQA = Sizes(32, 8, 128, 128, "bfloat16")

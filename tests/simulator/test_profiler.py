@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from nnscaler_ring.core.schedule import CAUSAL, FULL, Mask
+from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Mask
 from nnscaler_ring.simulator import (
     GeneratedInputs,
     RingAttentionMemoryProfiler,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.layout import LAYOUTS
-from nnscaler_ring.core.schedule import CAUSAL, FULL, Mask
+from nnscaler_ring.core.plan.layout import LAYOUTS
+from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Mask
 from nnscaler_ring.simulator import (
     GeneratedInputs,
     RingAttentionSimulator,

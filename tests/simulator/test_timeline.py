@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from nnscaler_ring.core.schedule import CAUSAL, FULL, Mask
+from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Mask
 from nnscaler_ring.simulator import SimulatedCall, Sizes
 from nnscaler_ring.simulator.cluster import Cluster, Link, Rates, load_cluster
 from nnscaler_ring.simulator.memory import KernelTraits

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.exchange.contract import GradientStep, Keys, KVExchange, Sent
-from nnscaler_ring.core.online_softmax import accumulation_dtype
-from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.schedule import Schedule
-from nnscaler_ring.core.transport import Kind, Transport
+from nnscaler_ring.core.plan.schedule import Schedule
+from nnscaler_ring.core.ranks.transport import Kind, Transport
+from nnscaler_ring.core.sums.online_softmax import accumulation_dtype
+from nnscaler_ring.core.sums.row_sum import RowSum
 
 
 class AllGatherPlan:

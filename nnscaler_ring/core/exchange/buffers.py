@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.exchange.contract import GradientStep, Keys
-from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.schedule import Rows
-from nnscaler_ring.core.transport import Message
+from nnscaler_ring.core.plan.schedule import Rows
+from nnscaler_ring.core.ranks.transport import Message
+from nnscaler_ring.core.sums.row_sum import RowSum
 
 
 class Buffer:

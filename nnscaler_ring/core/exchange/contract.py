@@ -7,10 +7,10 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from nnscaler_ring.core.coordinates import KeyRows
-from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.tile import Tile
-from nnscaler_ring.core.transport import Transport
+from nnscaler_ring.core.plan.tile import Tile
+from nnscaler_ring.core.ranks.transport import Transport
+from nnscaler_ring.core.scores.coordinates import KeyRows
+from nnscaler_ring.core.sums.row_sum import RowSum
 
 
 class Keys(NamedTuple):

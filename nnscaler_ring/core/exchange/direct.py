@@ -25,10 +25,10 @@ from nnscaler_ring.core.exchange.rounds import (
     Round,
     Rounds,
 )
-from nnscaler_ring.core.online_softmax import accumulation_dtype
-from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.schedule import Rows, Schedule, Step, row_count
-from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
+from nnscaler_ring.core.plan.schedule import Rows, Schedule, Step, row_count
+from nnscaler_ring.core.ranks.transport import Kind, Message, Transfer, Transport
+from nnscaler_ring.core.sums.online_softmax import accumulation_dtype
+from nnscaler_ring.core.sums.row_sum import RowSum
 
 
 class DirectPlan:

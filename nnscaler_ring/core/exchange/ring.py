@@ -9,10 +9,10 @@ from torch import Tensor
 
 from nnscaler_ring.core.exchange.buffers import Buffer, Home
 from nnscaler_ring.core.exchange.contract import GradientStep, Keys, KVExchange, Sent
-from nnscaler_ring.core.online_softmax import accumulation_dtype
-from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.schedule import Schedule
-from nnscaler_ring.core.transport import Kind, Message, Transfer, Transport
+from nnscaler_ring.core.plan.schedule import Schedule
+from nnscaler_ring.core.ranks.transport import Kind, Message, Transfer, Transport
+from nnscaler_ring.core.sums.online_softmax import accumulation_dtype
+from nnscaler_ring.core.sums.row_sum import RowSum
 
 
 class RingPlan:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from nnscaler_ring.core.schedule import PairWork, Schedule, Step, row_count
+from nnscaler_ring.core.plan.schedule import PairWork, Schedule, Step, row_count
 
 FORWARD_KEYS, BACKWARD_KEYS = 8192, 2048
 """Tokens of the longest shard per message; see Note [Memory is set by the message]."""

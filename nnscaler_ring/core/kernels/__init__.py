@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.scores import ScoreMods
-from nnscaler_ring.core.tile import KernelCall, Segments, Tile
+from nnscaler_ring.core.plan.tile import KernelCall, Segments, Tile
+from nnscaler_ring.core.scores.scores import ScoreMods
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.kernels.tile_math import TileGradients
@@ -36,7 +36,7 @@ KERNELS = (
 """Kernel names."""
 
 WHOLE_OPS = ("transformer_engine",)
-"""Other names that `kernel` may have: see core/whole_op.py."""
+"""Other names that `kernel` may have: see core/op/whole_op.py."""
 
 AUTO_KERNELS = ("torch_cpu", "flash_attn_3", "torch_cuda")
 """What `kernel="auto"` picks from, in the order in which it asks; but see `auto_kernels`.

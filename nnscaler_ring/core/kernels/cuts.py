@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from nnscaler_ring.core.tile import UNBOUNDED, Tile, trim
+from nnscaler_ring.core.plan.tile import UNBOUNDED, Tile, trim
 
 BLOCK_ROWS = 256
 """Query rows of a block of a band: fused kernels run at a fraction of their rate below that."""

@@ -49,8 +49,8 @@ from nnscaler_ring.core.kernels.head_dims import (
 )
 from nnscaler_ring.core.kernels.score_blocks import blocks_backward
 from nnscaler_ring.core.kernels.tile_math import TileGradients
-from nnscaler_ring.core.scores import ScoreMods
-from nnscaler_ring.core.tile import KernelCall, Segments, Tile, batched, trim
+from nnscaler_ring.core.plan.tile import KernelCall, Segments, Tile, batched, trim
+from nnscaler_ring.core.scores.scores import ScoreMods
 
 HEAD_DIMS = range(8, 257, 8)
 """Of q, k and v, that a library of the form computes if nothing else is known of it."""

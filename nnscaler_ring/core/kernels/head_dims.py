@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnscaler_ring.core.online_softmax import accumulation_dtype
+from nnscaler_ring.core.sums.online_softmax import accumulation_dtype
 
 ALIGNMENT = 16
 """Bytes that a fused CUDA kernel loads at a time."""

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from nnscaler_ring.core.kernels import AttentionKernel, Problem
 from nnscaler_ring.core.kernels.tile_math import TileGradients, tile_backward, tile_forward
-from nnscaler_ring.core.scores import ScoreMods
-from nnscaler_ring.core.tile import KernelCall, Segments, Tile
+from nnscaler_ring.core.plan.tile import KernelCall, Segments, Tile
+from nnscaler_ring.core.scores.scores import ScoreMods
 
 
 class Reference:

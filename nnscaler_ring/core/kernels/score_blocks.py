@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nnscaler_ring.core.kernels.cuts import score_blocks
 from nnscaler_ring.core.kernels.tile_math import TileGradients, tile_backward, tile_forward
-from nnscaler_ring.core.scores import ScoreMods
-from nnscaler_ring.core.tile import KernelCall, Segments, Tile
+from nnscaler_ring.core.plan.tile import KernelCall, Segments, Tile
+from nnscaler_ring.core.scores.scores import ScoreMods
 
 SCORE_BLOCK = (512, 2048)
 """Rows and keys whose scores are built at a time: 4 MB per batch row and head in float32."""

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.online_softmax import accumulation_dtype
-from nnscaler_ring.core.scores import ScoreMods
+from nnscaler_ring.core.scores.scores import ScoreMods
+from nnscaler_ring.core.sums.online_softmax import accumulation_dtype
 
 
 class TileGradients(NamedTuple):

@@ -17,8 +17,8 @@ from nnscaler_ring.core.kernels import AttentionKernel, Problem
 from nnscaler_ring.core.kernels.cuts import banded_tile, fused_calls, score_blocks
 from nnscaler_ring.core.kernels.head_dims import to_head_dim, with_lse_columns
 from nnscaler_ring.core.kernels.tile_math import TileGradients, tile_backward, tile_forward
-from nnscaler_ring.core.scores import ScoreMods
-from nnscaler_ring.core.tile import UNBOUNDED, KernelCall, Segments, Tile
+from nnscaler_ring.core.plan.tile import UNBOUNDED, KernelCall, Segments, Tile
+from nnscaler_ring.core.scores.scores import ScoreMods
 
 aten = torch.ops.aten
 

@@ -38,8 +38,8 @@ from nnscaler_ring.core.kernels.tile_math import (
     tile_backward,
     tile_forward,
 )
-from nnscaler_ring.core.scores import ScoreMods
-from nnscaler_ring.core.tile import KernelCall, Segments, Tile
+from nnscaler_ring.core.plan.tile import KernelCall, Segments, Tile
+from nnscaler_ring.core.scores.scores import ScoreMods
 
 aten = torch.ops.aten
 

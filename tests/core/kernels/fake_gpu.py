@@ -26,9 +26,9 @@ from nnscaler_ring.core.kernels import (
     offer_of,
     torch_efficient,
 )
-from nnscaler_ring.core.online_softmax import accumulation_dtype
-from nnscaler_ring.core.scores import Scores
-from nnscaler_ring.core.tile import Tile, trim
+from nnscaler_ring.core.plan.tile import Tile, trim
+from nnscaler_ring.core.scores.scores import Scores
+from nnscaler_ring.core.sums.online_softmax import accumulation_dtype
 from tests.core.kernels.test_on_meta import Aten
 from tests.core.kernels.test_reference import OneDevice
 

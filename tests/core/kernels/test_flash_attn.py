@@ -13,7 +13,7 @@ from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.kernels import Problem, flash_attn, kernel_refusals, select_kernel
 from nnscaler_ring.core.kernels.flash_attn import FLASH_ATTN, Library, lacks, parameters_of
 from nnscaler_ring.core.kernels.flash_form import FlashKernel
-from nnscaler_ring.core.scores import Scores
+from nnscaler_ring.core.scores.scores import Scores
 from tests.core.kernels.flash_attn_versions import VERSIONS, Recorder
 from tests.core.kernels.test_reference import (
     OneDevice,
@@ -25,8 +25,8 @@ from tests.core.kernels.test_reference import (
     random_shapes,
     tile_of,
 )
+from tests.core.plan.test_schedule import packed_problem, random_problems
 from tests.core.test_engine import check as check_schedule
-from tests.core.test_schedule import packed_problem, random_problems
 from tests.oracle import Mods, dense_gradients
 from tests.tolerances import assert_close_float64
 

@@ -14,7 +14,7 @@ from nnscaler_ring.core.kernels import (
     kernel_refusals,
     select_kernel,
 )
-from nnscaler_ring.core.scores import Scores
+from nnscaler_ring.core.scores.scores import Scores
 from tests.core.kernels.test_reference import (
     SCALE,
     OneDevice,

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.dropout import Dropout
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.kernels import Problem, torch_cuda, torch_efficient
 from nnscaler_ring.core.kernels.torch_cuda import TorchCuda
-from nnscaler_ring.core.scores import Scores
+from nnscaler_ring.core.scores.dropout import Dropout
+from nnscaler_ring.core.scores.scores import Scores
+from tests.core.plan.test_schedule import dense_problem, packed_problem
 from tests.core.test_engine import InOneProcess
-from tests.core.test_schedule import dense_problem, packed_problem
 
 META = torch.device("meta")
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 40

@@ -12,11 +12,11 @@ from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import GradientStep, Keys
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.kernels.reference import Reference
-from nnscaler_ring.core.row_sum import RowSum
-from nnscaler_ring.core.scores import Scores
-from nnscaler_ring.core.tile import Tile, trim
-from tests.core.test_schedule import random_problems
-from tests.core.test_tile import random_tile
+from nnscaler_ring.core.plan.tile import Tile, trim
+from nnscaler_ring.core.scores.scores import Scores
+from nnscaler_ring.core.sums.row_sum import RowSum
+from tests.core.plan.test_schedule import random_problems
+from tests.core.plan.test_tile import random_tile
 from tests.oracle import dense_attention, dense_gradients, make_dout, make_qkv
 from tests.tolerances import assert_close_float64, assert_close_relative
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from nnscaler_ring.core.kernels import cuts, torch_cpu
 from nnscaler_ring.core.kernels.cuts import BLOCK_ROWS, fused_calls
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
-from nnscaler_ring.core.tile import Tile
+from nnscaler_ring.core.plan.tile import Tile
 from tests.core.kernels.test_reference import (
     DTYPES,
     HEAD_DIMS,

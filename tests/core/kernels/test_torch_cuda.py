@@ -22,8 +22,8 @@ from nnscaler_ring.core.kernels.head_dims import with_lse_columns
 from nnscaler_ring.core.kernels.score_blocks import ScoreBlocks
 from nnscaler_ring.core.kernels.torch_cuda import Cudnn, TorchCuda
 from nnscaler_ring.core.kernels.torch_efficient import Efficient
-from nnscaler_ring.core.scores import Scores
-from nnscaler_ring.core.tile import Tile
+from nnscaler_ring.core.plan.tile import Tile
+from nnscaler_ring.core.scores.scores import Scores
 from tests.core.kernels.stand_ins import Aten
 from tests.core.kernels.test_reference import (
     HEAD_DIMS,
@@ -38,8 +38,8 @@ from tests.core.kernels.test_reference import (
     scheduled_shapes,
     tile_of,
 )
+from tests.core.plan.test_schedule import packed_problem, random_problems
 from tests.core.test_engine import check as check_schedule
-from tests.core.test_schedule import packed_problem, random_problems
 from tests.one_gpu import attend_on_gpu
 from tests.oracle import dense_gradients
 from tests.tolerances import assert_close_float64, assert_close_relative

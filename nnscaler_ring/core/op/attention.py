@@ -1,0 +1,176 @@
+"""What every public attention function does: check, resolve, call the op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nnscaler_ring.core.kernels import WHOLE_OPS
+from nnscaler_ring.core.op import checks
+from nnscaler_ring.core.op.dilated_ops import DilatedOptions, dilated_attention_op
+from nnscaler_ring.core.op.ops import attention_op
+from nnscaler_ring.core.op.options import Extras, Options, arguments_of
+from nnscaler_ring.core.op.whole_call import whole_op_attention
+from nnscaler_ring.core.plan.layout import LAYOUTS
+from nnscaler_ring.core.ranks.agreement import refusing_together
+from nnscaler_ring.core.ranks.groups import ALONE, find_place, group_string
+from nnscaler_ring.core.scores.dropout import DropoutSeed, seed_tensor
+
+if TYPE_CHECKING:
+    from nnscaler_ring.core.plan.dilation import HeadOffsets
+    from nnscaler_ring.core.ranks.groups import ProcessGroupLike
+
+
+def context_parallel_attention(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    process_group: ProcessGroupLike | None,
+    return_lse: bool,
+    shard_lens: Sequence[int] | None,
+    shard_lens_k: Sequence[int] | None = None,
+    exchange: str,
+    kernel: str,
+    deterministic: bool,
+    return_attn_probs: bool,
+    dropout_p: float,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    softcap: float,
+    sinks: Tensor | None,
+    dropout_seed: int | DropoutSeed | None,
+    caller_layout: str = "contiguous",
+    compute_layout: str = "contiguous",
+    packed: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention over a sequence that is sharded over the ranks of a group.
+
+    The public functions document the arguments; beside those it takes the public function's name
+    and the layouts, names in `LAYOUTS`: the caller holds q, k and v in `caller_layout`; where
+    `compute_layout` is another, rows move there and the result's back.
+    """
+    group = group_string(process_group)
+    with refusing_together(group, op):
+        checks.check_choices(
+            exchange=exchange,
+            kernel=kernel,
+            deterministic=deterministic,
+            return_lse=return_lse,
+            return_attn_probs=return_attn_probs,
+        )
+        checks.check_qkv(q, k, v, packed=packed)
+        mask = checks.check_mask(causal, window_size)
+        scale = checks.check_scale(softmax_scale, q.shape[-1])
+        softcap = checks.check_softcap(softcap)
+        checks.check_alibi_slopes(alibi_slopes, q)
+        checks.check_bias(bias, q)
+        checks.check_sinks(sinks, q)
+        dropout_p = checks.check_dropout_p(dropout_p)
+        seed = checks.check_dropout_seed(dropout_seed, dropout_p)
+        if packed:
+            checks.check_cu_seqlens_tensors(q, cu_seqlens_q, cu_seqlens_k)
+        compute_len = q.shape[-3]
+        if shard_lens is not None or shard_lens_k is not None:
+            place = find_place(group)
+            shard_lens = checks.check_shard_lens("shard_lens", shard_lens, place.world_size)
+            shard_lens_k = checks.check_shard_lens("shard_lens_k", shard_lens_k, place.world_size)
+            if shard_lens is not None:
+                compute_len = LAYOUTS[compute_layout].for_shards(shard_lens).shard_lens[place.block]
+    options = Options(
+        op=op,
+        group=group,
+        shard_lens=shard_lens,
+        shard_lens_k=shard_lens_k,
+        caller_layout=caller_layout,
+        # One device holds every layout in the same order, so nothing has to move.
+        compute_layout=caller_layout if group == ALONE else compute_layout,
+        compute_len=compute_len,
+        softmax_scale=scale,
+        left=mask.left,
+        right=mask.right,
+        softcap=softcap,
+        bias_gradient=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
+        dropout_p=dropout_p,
+        same_seed=seed.seed is not None,
+        first_batch=seed.first_batch,
+        first_head=seed.first_head,
+        exchange=exchange,
+        kernel=kernel,
+        deterministic=deterministic,
+    )
+    extras = Extras(
+        cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks, seed_tensor(dropout_p, seed.seed)
+    )
+    if kernel in WHOLE_OPS:
+        return whole_op_attention(q, k, v, extras, options, return_lse=return_lse)
+    out, softmax_lse, *_ = attention_op(q, k, v, *extras, *arguments_of(options))
+    return (out, softmax_lse) if return_lse else out
+
+
+def dilated_attention(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    softmax_scale: float | None,
+    causal: bool,
+    head_offsets: str | HeadOffsets,
+    process_group: ProcessGroupLike | None,
+    return_lse: bool,
+    shard_lens: Sequence[int] | None,
+    exchange: str,
+    kernel: str,
+    chunks: int = 1,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Dilated attention; the public function documents the arguments.
+
+    `chunks`: without a group, the parts that keys come in.
+    """
+    group = group_string(process_group)
+    with refusing_together(group, op):
+        checks.check_choices(
+            exchange=exchange,
+            kernel=kernel,
+            deterministic=False,
+            return_lse=return_lse,
+            return_attn_probs=False,
+        )
+        checks.check_qkv(q, k, v, packed=False)
+        checks.check_mask(causal, (-1, -1))
+        scale = checks.check_scale(softmax_scale, q.shape[-1])
+        checks.check_branches(segment_lengths, dilation_rates)
+        offsets = checks.check_head_offsets(head_offsets, k.shape[-2])
+        assert offsets.num_kv_heads is not None, offsets  # filled in there
+        if shard_lens is not None:
+            world_size = find_place(group).world_size
+            shard_lens = checks.check_shard_lens("shard_lens", shard_lens, world_size)
+    options = DilatedOptions(
+        op=op,
+        group=group,
+        shard_lens=shard_lens,
+        segment_lengths=list(segment_lengths),
+        dilation_rates=list(dilation_rates),
+        causal=causal,
+        head_offsets=offsets.grouping,
+        first_kv_head=offsets.first_kv_head,
+        all_kv_heads=offsets.num_kv_heads,
+        softmax_scale=scale,
+        exchange=exchange,
+        kernel=kernel,
+        chunks=chunks,
+    )
+    out, softmax_lse = dilated_attention_op(q, k, v, *options)
+    return (out, softmax_lse) if return_lse else out

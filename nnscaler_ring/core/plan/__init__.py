@@ -1,0 +1,1 @@
+"""Planning: integers only, no torch."""

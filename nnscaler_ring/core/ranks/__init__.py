@@ -1,0 +1,1 @@
+"""Ranks: who they are, how they agree, how messages travel."""

@@ -1,0 +1,211 @@
+"""Messages between the blocks of a group: posted together, waited for later, counted, named.
+
+The only file that sends anything. A transfer that fails raises an error that names the op, the
+direction and the peer, because gloo names an address at best.
+
+Note [Messages under NCCL]
+    NCCL runs on a stream of its own: what is posted starts when the work queued so far is done, and
+    runs beside what is queued after it. `Transfer.wait` makes the current stream wait, not the
+    host. Until then the transfer holds its tensors; after it their memory may be reused in the
+    order of the current stream, so that the caching allocator hands the same buffers out again.
+
+    NCCL has no tags. Two ranks match their messages by the order in which each posts them, and a
+    group of messages starts when the one before it is done. So all ranks post in one common order:
+    every rank skips the same way through the same sequence (see Note [One order of messages] in
+    exchange/direct.py), and what one rank sends in a post, its peer receives in the same post.
+
+    NCCL connects the ranks in a group's first call, in which all must take part: `connect`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nnscaler_ring.core.ranks.groups import ALONE, Place, Traffic, group_of, group_state
+from nnscaler_ring.core.ranks.staging import backends_of, carriage_of
+
+Kind = Literal["forward_kv", "backward_kv", "gradient", "relayout", "seed"]
+KINDS: tuple[Kind, ...] = ("forward_kv", "backward_kv", "gradient", "relayout", "seed")
+
+
+# torch 2.13 renamed both; the old names warn there.
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Message(NamedTuple):
+    """A contiguous tensor to send to, or to receive from, the rank that holds `block`."""
+
+    block: int
+    tensor: Tensor
+
+
+class Transfer:
+    """Messages under way. Their tensors must live, unchanged, until `wait` returns.
+
+    `arrived` is called when everything is there.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[tuple[dist.Work, str]],
+        tensors: Sequence[Tensor],
+        arrived: Callable[[], None] | None = None,
+    ) -> None:
+        self._works = works
+        self._tensors = tensors
+        self._arrived = arrived
+
+    def wait(self) -> None:
+        """Return when all messages have left and arrived, or the current stream waits for that.
+
+        Raises:
+            RuntimeError: a peer is lost or silent for longer than the group's timeout.
+        """
+        for work, what in self._works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise RuntimeError(f"{what} failed: {error}") from error
+        if self._arrived:
+            self._arrived()
+        self._works, self._tensors, self._arrived = (), (), None
+
+
+def connect(group: str, device: torch.device) -> None:
+    """Ready a group for messages between tensors of a device; all its ranks take part.
+
+    Costs a collective where NCCL is used for the first time, else a lookup.
+
+    Raises:
+        ValueError: the group has no backend for the device.
+    """
+    if group == ALONE:
+        return
+    state, process_group = group_state(group), group_of(group)
+    if device.type in state.connected:
+        return
+    carriage_of(process_group, device)
+    if backends_of(process_group).get(device.type) == "nccl":
+        dist.all_reduce(torch.zeros(1, device=device), group=process_group)
+    state.connected.add(device.type)
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Sends between the blocks of one op call.
+
+    Args:
+        place: this rank's place in the group.
+        traffic: where to count the payload; None for a call alone.
+        op: the public function and the pass, for messages.
+        plan_tag: the same number on all ranks that follow the same plan. It is part of the tag of
+            every message, so ranks that follow different plans never take each other's messages.
+    """
+
+    place: Place
+    traffic: Traffic | None
+    op: str
+    plan_tag: int
+
+    @property
+    def in_order(self) -> bool:
+        """Whether ranks match messages by their order alone: Note [Messages under NCCL]."""
+        group = self.place.group
+        return group is not None and set(backends_of(group).values()) != {"gloo"}
+
+    def post(self, kind: Kind, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+        """Start messages; empty ones are not sent, on either side."""
+        sends, receives = (
+            [message for message in messages if message.tensor.numel()]
+            for messages in (sends, receives)
+        )
+        self._count(kind, sends)
+        if not sends and not receives:
+            return Transfer((), ())
+        assert self.place.group is not None, self.place
+        carriage = carriage_of(self.place.group, (*sends, *receives)[0].tensor.device)
+        arriving = [message.tensor for message in receives]
+        outgoing = carriage.outgoing([message.tensor for message in sends])
+        incoming = carriage.incoming(arriving)
+        tag = self.plan_tag % (1 << 28) * len(KINDS) + KINDS.index(kind)
+        operations: list[dist.P2POp] = []
+        whats: list[str] = []
+        for call, direction, messages, tensors in (
+            (dist.isend, "sending to", sends, outgoing),
+            (dist.irecv, "receiving from", receives, incoming),
+        ):
+            for (block, _), tensor in zip(messages, tensors, strict=True):
+                peer = self.place.members[block]
+                operations.append(
+                    dist.P2POp(call, tensor, group=self.place.group, group_peer=peer, tag=tag)
+                )
+                whats.append(f"{direction} rank {self.place.global_rank(block)} ({kind})")
+        together = "; ".join(dict.fromkeys(whats))
+        try:
+            works = dist.batch_isend_irecv(operations)
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.op}: {together} failed: {error}") from error
+        if len(works) != len(whats):  # NCCL returns one work for the whole batch
+            whats = [together] * len(works)
+        named = [(work, f"{self.op}: {what}") for work, what in zip(works, whats, strict=True)]
+        held = [*outgoing, *incoming, *arriving]
+        return Transfer(named, held, partial(carriage.arrived, arriving, incoming))
+
+    def all_gather(self, kind: Kind, x: Tensor) -> Tensor:
+        """[world_size, *x.shape]: every block's x, all of one shape, in block order."""
+        gathered = x.new_empty((self.place.world_size, *x.shape))
+        self._run(kind, ALL_GATHER, gathered.view(-1), x.reshape(-1))
+        self._count_collective(kind, x)
+        return self._in_block_order(gathered)
+
+    def reduce_scatter(self, kind: Kind, x: Tensor) -> Tensor:
+        """The sum over ranks of this rank's block of x [world_size, ...], in x's dtype."""
+        in_group_order = torch.empty_like(x)
+        # Not by a list of indices, which the host would wait to copy to the device.
+        for member, share in zip(self.place.members, x, strict=True):
+            in_group_order[member] = share
+        mine = x.new_empty(x.shape[1:])
+        self._run(kind, REDUCE_SCATTER, mine.view(-1), in_group_order.view(-1))
+        self._count_collective(kind, mine)
+        return mine
+
+    def _in_block_order(self, gathered: Tensor) -> Tensor:
+        members = self.place.members
+        if members == tuple(range(len(members))):
+            return gathered
+        return torch.stack([gathered[member] for member in members])
+
+    def _run(self, kind: Kind, collective, output: Tensor, x: Tensor) -> None:  # type: ignore[no-untyped-def]
+        if x.numel() == 0:
+            return
+        assert self.place.group is not None, self.place
+        carriage = carriage_of(self.place.group, x.device)
+        outgoing, incoming = carriage.outgoing([x]), carriage.incoming([output])
+        try:
+            collective(*incoming, *outgoing, group=self.place.group)
+        except RuntimeError as error:
+            ranks = [self.place.global_rank(block) for block in range(self.place.world_size)]
+            raise RuntimeError(
+                f"{self.op}: {kind} collective of ranks {ranks} failed: {error}"
+            ) from error
+        carriage.arrived([output], incoming)
+
+    def _count(self, kind: Kind, sends: Sequence[Message]) -> None:
+        if self.traffic is None:
+            return
+        name = f"{kind}_bytes"
+        sent = sum(message.tensor.nbytes for message in sends)
+        setattr(self.traffic, name, getattr(self.traffic, name) + sent)
+        self.traffic.messages += sum(message.tensor.numel() > 0 for message in sends)
+
+    def _count_collective(self, kind: Kind, share: Tensor) -> None:
+        others = (block for block in range(self.place.world_size) if block != self.place.block)
+        self._count(kind, [Message(block, share) for block in others])

@@ -1,0 +1,1 @@
+"""What happens to scores inside a tile: softcap, bias, ALiBi, dropout."""

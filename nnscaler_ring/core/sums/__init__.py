@@ -1,0 +1,1 @@
+"""Partial results and how they are merged."""

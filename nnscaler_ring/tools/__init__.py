@@ -1,0 +1,1 @@
+"""The workbench: command line, checks, measurements, demonstrations; no library code imports it."""

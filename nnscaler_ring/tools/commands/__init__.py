@@ -1,0 +1,23 @@
+"""The commands of `nnscaler-ring`. A new one is one file and one entry in COMMANDS."""
+
+from __future__ import annotations
+
+import click
+
+from nnscaler_ring import __version__
+from nnscaler_ring.tools.commands import bench, check, demo, info, plan, simulate
+
+COMMANDS: tuple[click.Command, ...] = (
+    info.info,
+    check.check,
+    demo.demo,
+    plan.plan_command,
+    simulate.simulate,
+    bench.bench,
+)
+
+
+@click.group(commands={command.name or "": command for command in COMMANDS})
+@click.version_option(__version__)
+def commands() -> None:
+    """Exact attention over sequences too long for one device."""

@@ -1,0 +1,165 @@
+"""`nnscaler-ring plan`: what a run would take, before it is rented."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from nnscaler_ring.core.op.checks import check_mask
+from nnscaler_ring.simulator.cluster import Cluster, Link, check_cluster, load_cluster
+from nnscaler_ring.simulator.planner import Job, Plan, StrategyPlan, gigabytes, plan
+from nnscaler_ring.simulator.sizes import Sizes, dtype_name
+from nnscaler_ring.tools.commands.options import usage_errors
+
+
+@click.command("plan")
+@click.option("--tokens", required=True, type=int, help="Of the whole sequence.")
+@click.option("--ranks", required=True, type=int, help="Devices that share the sequence.")
+@click.option("--heads", default=32, show_default=True, type=int)
+@click.option("--kv-heads", type=int, help="Default: as many as heads.")
+@click.option("--head-dim", default=128, show_default=True, type=int)
+@click.option("--layers", default=1, show_default=True, type=int)
+@click.option("--batch", default=1, show_default=True, type=int)
+@click.option("--dtype", default="bf16", show_default=True, help="fp64, fp32, bf16 or fp16.")
+@click.option(
+    "--device",
+    default="h200",
+    show_default=True,
+    help="h200, h100, a100, cpu, or a cluster's JSON file.",
+)
+@click.option(
+    "--mask",
+    default="causal",
+    show_default=True,
+    help="causal, full, or causal:LEFT or LEFT:RIGHT, windows in tokens.",
+)
+@click.option("--forward-only", is_flag=True, help="No backward pass; nothing is kept for it.")
+@click.option("--recompute", is_flag=True, help="Keep a layer's input only, compute it again.")
+@click.option("--memory-gb", type=float, help="Memory of a device in GB (10^9 bytes).")
+@click.option("--reserve-gb", default=0.0, type=float, help="Of it for all but attention.")
+@click.option("--node", type=int, help="Devices in a node.")
+@click.option("--link-gb", type=float, help="GB per second and direction inside a node.")
+@click.option("--network-gb", type=float, help="GB per second and direction between nodes.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan_command(as_json: bool, device: str, mask: str, dtype: str, **given: Any) -> None:
+    """Memory, bytes, time of every strategy, the fewest ranks that fit, and what to choose."""
+    with usage_errors():
+        cluster = _changed(load_cluster(device), given)
+        heads = given["heads"]
+        kv_heads = heads if given["kv_heads"] is None else given["kv_heads"]
+        dim = given["head_dim"]
+        job = Job(
+            tokens=given["tokens"],
+            ranks=given["ranks"],
+            layers=given["layers"],
+            sizes=Sizes(heads, kv_heads, dim, dim, dtype_name(dtype), given["batch"]),
+            mask=check_mask(*parse_mask(mask)),
+            backward=not given["forward_only"],
+            recompute=given["recompute"],
+            reserve_bytes=given["reserve_gb"] * 1e9,
+        )
+        result = plan(job, cluster)
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=2))
+    else:
+        _show(result)
+
+
+def parse_mask(text: str) -> tuple[bool, tuple[int, int]]:
+    """(causal, window_size) of "causal", "full", "causal:4096" or "4096:128".
+
+    Raises:
+        ValueError: none of these.
+    """
+    if text in ("causal", "full"):
+        return text == "causal", (-1, -1)
+    left, _, right = text.partition(":")
+    try:
+        if left == "causal":
+            return True, (int(right), -1)
+        return False, (int(left), int(right))
+    except ValueError:
+        raise ValueError(
+            f"mask must be causal, full, causal:LEFT or LEFT:RIGHT, got {text!r}; "
+            "for example causal:4096."
+        ) from None
+
+
+def _changed(cluster: Cluster, given: dict[str, Any]) -> Cluster:
+    """The cluster with what the command line says of it."""
+    changes: dict[str, Any] = {}
+    if given["memory_gb"] is not None:
+        changes["memory_bytes"] = given["memory_gb"] * 1e9
+    if given["node"] is not None:
+        changes["devices_per_node"] = given["node"]
+    for option, name in (("link_gb", "inside"), ("network_gb", "between")):
+        if given[option] is not None:
+            link: Link = getattr(cluster, name)
+            changes[name] = replace(link, bytes_per_second=given[option] * 1e9)
+    if not changes:
+        return cluster
+    changed = replace(cluster, **changes, source=f"{cluster.source} Changed: {', '.join(changes)}.")
+    check_cluster(changed)
+    return changed
+
+
+def _show(result: Plan) -> None:
+    job = result.job
+    console = Console()
+    per_rank = -(-job.tokens // job.ranks)
+    console.print(
+        f"[bold]{job.tokens:,} tokens over {job.ranks} ranks, {per_rank:,} each; "
+        f"{result.cluster.name}[/]",
+        highlight=False,
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("layout", "exchange"):
+        table.add_column(name, no_wrap=True)
+    for name in ("memory", "sent", "forward", "backward", "hidden", "busiest", "ranks"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for strategy in result.strategies:
+        table.add_row(*_row(strategy), style="bold" if strategy is result.recommended else "")
+    console.print(table)
+    console.print(
+        "[dim]memory: of a rank; sent: by a rank in a layer; hidden: transfers under computing; "
+        "busiest: a rank's work over the mean; ranks: enough memory[/]",
+        highlight=False,
+    )
+    shown = result.recommended or min(result.strategies, key=lambda s: s.total_memory)
+    console.print(f"Memory of {shown.layout}, {shown.exchange}, per rank:", highlight=False)
+    for name, size in sorted(shown.memory.items(), key=lambda item: -item[1]):
+        console.print(f"  {gigabytes(size):>10}  {name}", highlight=False)
+    for strategy in result.strategies:
+        if strategy.reason:
+            console.print(
+                f"{strategy.layout}, {strategy.exchange}: {strategy.reason}.", highlight=False
+            )
+    console.print(f"[bold]{result.advice}[/]", highlight=False)
+    console.print(f"[dim]{result.cluster.source}[/]", highlight=False)
+
+
+def _row(strategy: StrategyPlan) -> list[str]:
+    return [
+        strategy.layout,
+        strategy.exchange,
+        gigabytes(strategy.total_memory),
+        gigabytes(strategy.sent.total_bytes),
+        duration(strategy.forward_seconds),
+        duration(strategy.backward_seconds),
+        f"{strategy.overlap:.0%}",
+        f"{strategy.busiest_over_mean:.2f}",
+        "never" if strategy.smallest_ranks is None else f">= {strategy.smallest_ranks}",
+    ]
+
+
+def duration(seconds: float) -> str:
+    """For people."""
+    for unit, factor in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1), ("ms", 1e-3)):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
