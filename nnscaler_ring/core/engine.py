@@ -92,6 +92,7 @@ def partial_attention(
                 segments=call.segments,
             )
             partial.merge_(call.q, block_out, block_lse)
+        del step  # its memory is needed for the next one
     return partial
 
 

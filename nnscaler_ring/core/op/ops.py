@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
+from nnscaler_ring.core.exchange import Performance
 from nnscaler_ring.core.op.options import (
     EXTRAS_SCHEMA,
     OPTIONS_SCHEMA,
@@ -59,7 +60,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor,
         q,
         k,
         v,
-        exchange=run.plan.exchange.start(transport),
+        exchange=Performance(run.plan.program, transport),
         kernel=run.kernel,
         scores=run.scores(extras, bias, seed),
         sinks=extras.sinks,
@@ -136,7 +137,7 @@ def attention_backward_op(
         v,
         out,
         softmax_lse,
-        exchange=run.plan.exchange.start(transport),
+        exchange=Performance(run.plan.program, transport),
         kernel=run.kernel,
         scores=run.scores(extras, bias, extras.dropout_seed),
         sinks=extras.sinks,
