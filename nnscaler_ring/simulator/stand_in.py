@@ -38,7 +38,7 @@ from nnscaler_ring.core.exchange.program import (
     performed,
     travels_apart,
 )
-from nnscaler_ring.core.kernels import AttentionKernel
+from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors
 from nnscaler_ring.core.plan.schedule import KeyRows, Rows, Schedule
 from nnscaler_ring.core.ranks.groups import Place, Traffic
 from nnscaler_ring.core.ranks.transport import Kind, Message, Transfer, Transport
@@ -258,13 +258,7 @@ class Peers:
         k, v = self.shares.keys(rank, None if whole else ())
         program = Program(rank, self.schedule.k_lens, (), tuple(part))
         attention_backward(
-            mine.dout,
-            None,
-            mine.q,
-            k,
-            v,
-            mine.out,
-            mine.softmax_lse,
+            BackwardTensors(mine.dout, None, mine.q, k, v, mine.out, mine.softmax_lse),
             exchange=Performance(program, transport),
             kernel=self.kernel,
             scores=self.scores(rank),

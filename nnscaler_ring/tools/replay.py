@@ -23,7 +23,7 @@ from torch import Tensor
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import Performance, Program
 from nnscaler_ring.core.exchange.program import Post, Receive, performed
-from nnscaler_ring.core.kernels import AttentionKernel, Problem, select_kernel
+from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors, Problem, select_kernel
 from nnscaler_ring.core.plan.schedule import Mask
 from nnscaler_ring.core.plan.tile import UNBOUNDED
 from nnscaler_ring.core.ranks.groups import Place, Traffic
@@ -228,14 +228,9 @@ class Replay:
             )
             if not self.case.backward:
                 return out, None
+            tensors = BackwardTensors(dout, None, q, k, v, out, lse)
             gradients = attention_backward(
-                dout,
-                None,
-                q,
-                k,
-                v,
-                out,
-                lse,
+                tensors,
                 exchange=exchange(backward=True),
                 kernel=kernel,
                 scores=scores,

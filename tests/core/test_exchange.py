@@ -14,6 +14,7 @@ from nnscaler_ring.core.exchange import rounds as rounds_module
 from nnscaler_ring.core.exchange.direct import direct
 from nnscaler_ring.core.exchange.program import Post
 from nnscaler_ring.core.exchange.rounds import rounds_of
+from nnscaler_ring.core.kernels import BackwardTensors
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
 from nnscaler_ring.core.plan.layout import LAYOUTS
@@ -270,8 +271,11 @@ def run_plans(ranks: list[int], cases: list[tuple]) -> list[tuple]:
         start = counted.copy()
         out, lse = attention_forward(q, k, v, exchange=Performance(program, transport), **options)
         middle = counted.copy()
+        tensors = BackwardTensors(dout, None, q, k, v, out, lse)
         grads = attention_backward(
-            dout, None, q, k, v, out, lse, exchange=Performance(program, transport), **options
+            tensors,
+            exchange=Performance(program, transport),
+            **options,
         )[:3]
         results.append(([out, lse, *grads], middle - start, counted.copy() - middle))
     return results

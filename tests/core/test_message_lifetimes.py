@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import Performance
+from nnscaler_ring.core.kernels import BackwardTensors
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.plan.moves import plan_moves
@@ -118,8 +119,11 @@ def both_passes(problem: Problem, seed: int, name: str, keys: int) -> list[list[
         program = program_of(name, problem, block, keys)
         options: dict[str, Any] = {"kernel": Reference(), "scores": Scores(0.4)}
         out, lse = attention_forward(q, k, v, exchange=Performance(program, transport), **options)
+        tensors = BackwardTensors(dout, None, q, k, v, out, lse)
         gradients = attention_backward(
-            dout, None, q, k, v, out, lse, exchange=Performance(program, transport), **options
+            tensors,
+            exchange=Performance(program, transport),
+            **options,
         )
         return [out, lse, *gradients[:3]]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import Performance
+from nnscaler_ring.core.kernels import BackwardTensors
 from nnscaler_ring.core.op.options import (
     EXTRAS_SCHEMA,
     OPTIONS_SCHEMA,
@@ -130,13 +131,7 @@ def attention_backward_op(
         dlse = moved_dlse[0] if moved_dlse else None
     bias = _dense_bias(packed, extras.bias)
     dq, dk, dv, dbias, dsinks = attention_backward(
-        dout,
-        dlse,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
+        BackwardTensors(dout, dlse, q, k, v, out, softmax_lse),
         exchange=Performance(run.plan.program, transport),
         kernel=run.kernel,
         scores=run.scores(extras, bias, extras.dropout_seed),
