@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,10 +9,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.plan.layout import PackedDocuments, SequenceLayout
-from nnscaler_ring.core.plan.schedule import Schedule
-
-KeyRows = Sequence[tuple[int, int, int]]
-"""Rows `[start, stop)` of a source's shard, as (source, start, stop), one after another."""
+from nnscaler_ring.core.plan.schedule import KeyRows, Schedule
 
 
 class Coordinates(NamedTuple):
