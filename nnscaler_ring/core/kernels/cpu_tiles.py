@@ -12,12 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.kernels import AttentionKernel, Problem
+from nnscaler_ring.core.kernels.contract import (
+    AttentionKernel,
+    BackwardTensors,
+    Problem,
+    TileGradients,
+)
 from nnscaler_ring.core.kernels.cuts import banded_tile, score_blocks
 from nnscaler_ring.core.kernels.native.library import Library, library
-from nnscaler_ring.core.kernels.tile_math import TileGradients
-from nnscaler_ring.core.plan.tile import KernelCall, Segments, Tile
-from nnscaler_ring.core.scores.scores import ScoreMods
+from nnscaler_ring.core.plan.tile import KernelCall, Tile
+from nnscaler_ring.core.scores.scores import ScoreMods, TileScores
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """In the order of `Dtype` in native/tensors.h."""
@@ -61,50 +65,25 @@ class PreparedCpuTiles:
             return tiles
         return [block for tile in tiles for block in score_blocks(tile, *BIAS_BLOCK)]
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        softmax_scale: float,
-        window: tuple[int, int],
-        mods: ScoreMods | None,
-        segments: Segments | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> tuple[Tensor, Tensor]:
         """Out in q's dtype, softmax_lse in float32."""
         batch, nq, num_heads, _ = q.shape
         out = q.new_empty(batch, nq, num_heads, v.shape[-1])
         # Rows before heads in memory, as in PartialOutput.
         lse = q.new_empty(batch, nq, num_heads, dtype=torch.float32)
-        call = _call(q, k, v, softmax_scale, window, mods)
-        self._run(call, q, out=out, lse=lse.unsqueeze(-1))
+        self._run(_call(q, k, v, scores), q, out=out, lse=lse.unsqueeze(-1))
         return out, lse.transpose(1, 2)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        dlse: Tensor | None,
-        *,
-        softmax_scale: float,
-        window: tuple[int, int],
-        mods: ScoreMods | None,
-        segments: Segments | None = None,
-    ) -> TileGradients:
+    def backward(self, tensors: BackwardTensors, scores: TileScores) -> TileGradients:
         """In the dtypes of q, k and v; sums of a tile are in float32."""
+        dout, dlse, q, k, v, out, softmax_lse = tensors
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         dbias = None
-        if mods is not None and mods.needs_dbias:
+        if scores.mods is not None and scores.mods.needs_dbias:
             # Hidden keys are not written.
             dbias = torch.zeros(*softmax_lse.shape, k.shape[1], dtype=torch.float32)
-        call = _call(q, k, v, softmax_scale, window, mods)
         self._run(
-            call,
+            _call(q, k, v, scores),
             q,
             is_backward=True,
             out=out.to(q.dtype),
@@ -155,23 +134,16 @@ class _Call(ctypes.Structure):
         self.keep_alive: list[object] = []
 
 
-def _call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float,
-    window: tuple[int, int],
-    mods: ScoreMods | None,
-) -> _Call:
+def _call(q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> _Call:
     call = _Call()
     call.dtype = DTYPES.index(q.dtype)
     call.batch, call.nq, call.num_heads, call.head_dim = q.shape
     call.nk, call.num_kv_heads, call.v_head_dim = v.shape[1:]
     call.q, call.k, call.v = _strided(q), _strided(k), _strided(v)
-    call.softmax_scale = softmax_scale
-    *_, call.lo, call.hi = banded_tile(call.nq, call.nk, window)
-    if mods is not None:
-        _take_mods(call, mods)
+    call.softmax_scale = scores.softmax_scale
+    *_, call.lo, call.hi = banded_tile(call.nq, call.nk, scores.window)
+    if scores.mods is not None:
+        _take_mods(call, scores.mods)
     return call
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.kernels.contract import BackwardTensors
 from nnscaler_ring.core.kernels.cpu_tiles import DTYPES, PreparedCpuTiles
 from nnscaler_ring.core.kernels.native.build import INSTRUCTION_SETS
 from nnscaler_ring.core.kernels.native.library import library
@@ -22,7 +23,7 @@ from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
 from nnscaler_ring.core.scores.coordinates import Coordinates
 from nnscaler_ring.core.scores.dropout import Dropout
-from nnscaler_ring.core.scores.scores import ScoreMods, Scores
+from nnscaler_ring.core.scores.scores import ScoreMods, Scores, TileScores
 from tests.contract import compare, covering, run_contract
 from tests.core.kernels.test_reference import (
     HEAD_DIMS,
@@ -120,7 +121,8 @@ def results(kernel, shape: Shape, q: Tensor, k: Tensor, v: Tensor, dout: Tensor)
         "scores": Scores(q.shape[-1] ** -0.5),
     }
     out, lse = attention_forward(q, k, v, **options)
-    return [out, lse, *attention_backward(dout, None, q, k, v, out, lse, **options)[:3]]
+    tensors = BackwardTensors(dout, None, q, k, v, out, lse)
+    return [out, lse, *attention_backward(tensors, **options)[:3]]
 
 
 # Options.
@@ -175,13 +177,15 @@ def test_options_in_several_blocks_equal_the_definition(kernel, dtype, option):
     shape = Shape(nq, nk, (100, 30))
     q, k, v, dout = (x.to(dtype) for x in inputs(shape, (heads, 2), (20, 12)))
     mods = mods_of(nq, nk, heads, dtype)[option]
-    options = {"softmax_scale": SCALE, "window": shape.window, "mods": mods}
+    scores = TileScores(SCALE, shape.window, mods)
     wide = [x.double() for x in (q, k, v)]
-    out, lse = REFERENCE.forward(*wide, **options)
+    out, lse = REFERENCE.forward(*wide, scores)
     dlse = torch.randn(lse.shape, generator=torch.Generator().manual_seed(4))
-    expected = out, lse, *REFERENCE.backward(dout.double(), *wide, out, lse, dlse, **options)
-    found_out, found_lse = kernel.forward(q, k, v, **options)
-    grads = kernel.backward(dout, q, k, v, out.to(dtype), lse.float(), dlse, **options)
+    tensors = BackwardTensors(dout.double(), dlse, *wide, out, lse)
+    expected = out, lse, *REFERENCE.backward(tensors, scores)
+    found_out, found_lse = kernel.forward(q, k, v, scores)
+    tensors = BackwardTensors(dout, dlse, q, k, v, out.to(dtype), lse.float())
+    grads = kernel.backward(tensors, scores)
     limit = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
     for name, actual, wanted in zip(
         ("out", "lse", "dq", "dk", "dv", "dbias"),
@@ -201,7 +205,7 @@ def test_a_dropped_probability_is_the_definitions(best):
     mods = mods_of(nq, nk, 2, torch.float32)["dropout"]
     q, k = torch.zeros(2, nq, 2, 4), torch.zeros(2, nk, 2, 4)
     v = torch.eye(nk).expand(2, 2, nk, nk).transpose(1, 2)
-    out, _ = best.forward(q, k, v, softmax_scale=1.0, window=(-1, -1), mods=mods)
+    out, _ = best.forward(q, k, v, TileScores(1.0, (-1, -1), mods))
     kept = mods.dropout_factors(2, 2, torch.float32) > 0
     assert torch.equal(out.transpose(1, 2) > 0, kept)
 
@@ -209,14 +213,22 @@ def test_a_dropped_probability_is_the_definitions(best):
 # What is not a usual number.
 
 
+def both_passes(kernel, scores, q, k, v, dout):
+    """out, lse, dq, dk, dv, dbias."""
+    out, lse = kernel.forward(q, k, v, scores)
+    return out, lse, *kernel.backward(BackwardTensors(dout, None, q, k, v, out, lse), scores)
+
+
 def compare_with_definition(kernel, q, k, v, dout, window, softmax_scale=SCALE, mods=None):
     """In float32 against the definition in float64, element by element."""
-    options = {"softmax_scale": softmax_scale, "window": window, "mods": mods}
-    wide = [x.double() for x in (q, k, v)]
-    out, lse = REFERENCE.forward(*wide, **options)
-    expected = (out, lse, *REFERENCE.backward(dout.double(), *wide, out, lse, None, **options))
-    out, lse = kernel.forward(q, k, v, **options)
-    found = (out, lse, *kernel.backward(dout, q, k, v, out, lse, None, **options))
+    scores = TileScores(softmax_scale, window, mods)
+    expected, found = (
+        both_passes(either, scores, *tensors)
+        for either, tensors in (
+            (REFERENCE, [x.double() for x in (q, k, v, dout)]),
+            (kernel, [q, k, v, dout]),
+        )
+    )
     for name, actual, wanted in zip(
         ("out", "lse", "dq", "dk", "dv", "dbias"), found, expected, strict=True
     ):
@@ -244,9 +256,9 @@ def test_nan_spoils_what_it_enters_and_nothing_else(kernel, dtype):
         shape = Shape(70, 70, (-1, -1))
         tensors = dict(zip("qkv", (x.to(dtype) for x in inputs(shape, (2, 1), (8, 8))[:3]), strict=True))
         tensors[name][0, index, 0, 3] = math.nan
-        options = {"softmax_scale": SCALE, "window": shape.window, "mods": None}
-        out, lse = kernel.forward(**tensors, **options)
-        expected_out, expected_lse = REFERENCE.forward(**tensors, **options)
+        scores = TileScores(SCALE, shape.window)
+        out, lse = kernel.forward(**tensors, scores=scores)
+        expected_out, expected_lse = REFERENCE.forward(**tensors, scores=scores)
         assert torch.equal(out.isnan(), expected_out.isnan()), (name, index)
         assert torch.equal(lse.isnan(), expected_lse.isnan()), (name, index)
         assert bool(out.isnan().any()) and not bool(out.isnan().all())
@@ -257,12 +269,12 @@ def test_infinite_scores(kernel):
     q, k, v, _ = (x.float() for x in inputs(shape, (1, 1), (4, 4), batch=1))
     q[0, :, 0, 1] = q[0, :, 0, 1].abs() + 0.1
     k[0, 66, 0, 1] = math.inf  # one key's scores are inf
-    out, lse = kernel.forward(q, k, v, softmax_scale=1.0, window=(-1, -1), mods=None)
+    scores = TileScores(1.0, (-1, -1))
+    out, lse = kernel.forward(q, k, v, scores)
     assert bool(out.isnan().all()) and bool((lse == math.inf).all())
     k[0, 66, 0, 1] = -math.inf  # and -inf: as if the key were hidden
     tensors = q, k, v
-    options = {"softmax_scale": 1.0, "window": (-1, -1), "mods": None}
-    found, expected = kernel.forward(*tensors, **options), REFERENCE.forward(*tensors, **options)
+    found, expected = kernel.forward(*tensors, scores), REFERENCE.forward(*tensors, scores)
     for actual, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
 
@@ -303,9 +315,7 @@ def test_gradients_are_fresh_tensors(best):
     """The engine keeps them and adds to them: they must not share memory with an input."""
     shape = Shape(20, 20, (-1, 0))
     q, k, v, dout = (x.float() for x in inputs(shape))
-    options = {"softmax_scale": 1.0, "window": shape.window, "mods": None}
-    out, lse = best.forward(q, k, v, **options)
-    grads = best.backward(dout, q, k, v, out, lse, None, **options)[:3]
+    out, lse, *grads, _ = both_passes(best, TileScores(1.0, shape.window), q, k, v, dout)
     memory = [x.untyped_storage().data_ptr() for x in (q, k, v, dout, out, lse, *grads)]
     assert len(set(memory)) == len(memory)
 

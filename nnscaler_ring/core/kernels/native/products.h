@@ -10,7 +10,7 @@ namespace {
 struct FloatWords {
   typedef float Element;
   static constexpr int PER_WORD = 1;
-  static constexpr float UNIT = 1.f;  // scores are multiplied by it before `power`
+  static constexpr float UNIT = 1.f;  // logits are multiplied by it before `power`
   INLINE Floats power(Floats x) { return exp(x); }
   INLINE Floats broadcast(const float* word) { return splat(*word); }
   INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }

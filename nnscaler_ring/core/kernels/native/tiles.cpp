@@ -2,8 +2,8 @@
 // under the same names, in blocks of 64 queries and 64 keys. A C interface; no torch, no Python.
 //
 // Note [Scores by columns]
-//   A block of scores is [keys][queries]: a vector holds one key of W queries. So the maximum and
-//   the sum of a query's scores are taken lane by lane, a band is a comparison of lane numbers, and
+//   A block of logits is [keys][queries]: a vector holds one key of W queries. So the maximum and
+//   the sum of a query's logits are taken lane by lane, a band is a comparison of lane numbers, and
 //   neither K nor V is transposed. Queries past the last one are zeros; their results are dropped.
 //
 // Note [Who computes what]
@@ -16,7 +16,7 @@
 #include <cstdlib>
 #include <thread>
 #include <vector>
-#include "scores.h"
+#include "logits.h"
 
 #ifndef SOURCES
 #define SOURCES "unknown"
@@ -48,7 +48,7 @@ struct Blocks {
   Memory memory;
   Panel panels[PANELS];
   float *rows, *k_rows, *v_rows, *k_pairs, *v_pairs;    // of keys; `rows` of anything
-  float *scores, *slopes, *dprobabilities;              // [KEYS][QUERIES]
+  float *logits, *slopes, *dprobabilities;              // [KEYS][QUERIES]
   float *probability_rows, *probability_pairs, *dscore_rows, *dscore_pairs;
   float *bias_rows, *bias;
   float *dk, *dv;                                       // sums, [nk][padded channels]
@@ -68,13 +68,13 @@ template <class Words> struct Kernel {
   const long wide = padded<Words>(call.head_dim), v_wide = padded<Words>(call.v_head_dim);
   const long words = (call.head_dim + PER_WORD - 1) / PER_WORD;
   const long v_words = (call.v_head_dim + PER_WORD - 1) / PER_WORD;
-  // What the exponential takes is a score times this; modified scores have it already.
+  // What the exponential takes is a score times this; modified logits have it already.
   const float unit = has_mods ? 1.f : std::fabs(call.softmax_scale) * Words::UNIT;
   long shares = 1;
 
   Kernel(const Call& call, bool is_backward)
       : call(call), is_backward(is_backward),
-        // A scale of 0 comes before the -inf of hidden scores, whose product is NaN.
+        // A scale of 0 comes before the -inf of hidden logits, whose product is NaN.
         has_mods(call.softcap > 0 || call.bias.data || call.alibi_slopes || call.q_tokens ||
                  call.softmax_scale == 0) {}
 
@@ -98,12 +98,12 @@ template <class Words> struct Kernel {
     }
     for (float** p : {&b.rows, &b.k_rows, &b.v_rows, &b.k_pairs, &b.v_pairs})
       *p = b.memory.take(KEYS * widest);
-    for (float** p : {&b.scores, &b.slopes, &b.dprobabilities, &b.bias_rows, &b.bias})
+    for (float** p : {&b.logits, &b.slopes, &b.dprobabilities, &b.bias_rows, &b.bias})
       *p = b.memory.take(BLOCK);
     for (float** p : {&b.probability_rows, &b.probability_pairs, &b.dscore_rows, &b.dscore_pairs})
       *p = IN_PAIRS ? b.memory.take(BLOCK) : nullptr;
     if (!IN_PAIRS) {  // a float is a word: both orders are the block itself
-      b.probability_rows = b.probability_pairs = b.scores;
+      b.probability_rows = b.probability_pairs = b.logits;
       b.dscore_rows = b.dscore_pairs = b.dprobabilities;
     }
     memset(b.bias_rows, 0, BLOCK * 4);
@@ -181,22 +181,22 @@ template <class Words> struct Kernel {
 
   // [keys][queries] from rows of keys and columns of queries
   void multiply_rows(long keys, long words, long row, const float* rows, const float* columns,
-                     float* scores) const {
+                     float* logits) const {
     const long chunk = IN_PAIRS ? words : FLOAT_CHUNK;  // shorter sums of floats round less
     product<Words, SET>(keys, QUERIES, least(chunk, words), {rows, row, 1}, columns, QUERIES,
-                        scores, QUERIES);
+                        logits, QUERIES);
     for (long w = chunk; w < words; w += chunk)
       product<Words, ADD>(keys, QUERIES, least(chunk, words - w), {rows + w, row, 1},
-                          columns + w * QUERIES, QUERIES, scores, QUERIES);
+                          columns + w * QUERIES, QUERIES, logits, QUERIES);
   }
 
-  template <bool SLOPES> void compute_scores(Blocks& b, const Panel& panel, Keys keys) const {
-    multiply_rows(keys.count, words, wide / PER_WORD, b.k_rows, panel.q_columns, b.scores);
+  template <bool SLOPES> void compute_logits(Blocks& b, const Panel& panel, Keys keys) const {
+    multiply_rows(keys.count, words, wide / PER_WORD, b.k_rows, panel.q_columns, b.logits);
     if (has_mods)
-      modify_scores<SLOPES>(call, panel, keys, Words::UNIT, b.scores, b.slopes, b.bias_rows, b.bias);
-    hide_scores(call, panel, keys, b.scores);
+      modify_logits<SLOPES>(call, panel, keys, Words::UNIT, b.logits, b.slopes, b.bias_rows, b.bias);
+    hide_logits(call, panel, keys, b.logits);
     for (long j = keys.count; j < round_up(keys.count, 2); ++j)  // keys go by twos
-      for (long i = 0; i < QUERIES; i += W) store(b.scores + j * QUERIES + i, splat(-INFINITY));
+      for (long i = 0; i < QUERIES; i += W) store(b.logits + j * QUERIES + i, splat(-INFINITY));
   }
 
   // Probabilities of two keys for W queries, to where the next product reads them.
@@ -210,12 +210,12 @@ template <class Words> struct Kernel {
 
   // ---- forward ----
 
-  // Of the softmax so far, the maximum and the sum; e^(scores - maximum) takes the scores' place.
+  // Of the softmax so far, the maximum and the sum; e^(logits - maximum) takes the logits' place.
   void compute_probabilities(Blocks& b, Panel& panel, Keys keys) const {
     for (long i = 0; i < QUERIES; i += W) {
-      const float* scores = b.scores + i;
-      Floats largest = load(scores);
-      for (long j = 1; j < keys.count; ++j) largest = maximum(largest, load(scores + j * QUERIES));
+      const float* logits = b.logits + i;
+      Floats largest = load(logits);
+      for (long j = 1; j < keys.count; ++j) largest = maximum(largest, load(logits + j * QUERIES));
       Floats before = load(panel.maximum + i), now = maximum(before, largest * unit);
       Floats shrink = Words::power(before - now);
       store(panel.maximum + i, now);
@@ -223,8 +223,8 @@ template <class Words> struct Kernel {
       // Summed from 0: small terms that join a large sum one by one are lost.
       Floats even = {}, odd = {};
       for (long j = 0; j < keys.count; j += 2) {
-        Floats first = Words::power(load(scores + j * QUERIES) * unit - now);
-        Floats second = Words::power(load(scores + (j + 1) * QUERIES) * unit - now);
+        Floats first = Words::power(load(logits + j * QUERIES) * unit - now);
+        Floats second = Words::power(load(logits + (j + 1) * QUERIES) * unit - now);
         even += first;
         odd += second;
         if (drops()) {
@@ -253,7 +253,7 @@ template <class Words> struct Kernel {
         Panel& panel = b.panels[x];
         const Keys seen = seen_by(panel, keys);
         if (seen.count <= 0) continue;
-        compute_scores<false>(b, panel, seen);
+        compute_logits<false>(b, panel, seen);
         compute_probabilities(b, panel, seen);
         product<Words, SCALE_AND_ADD>(call.v_head_dim, QUERIES, key_words(seen.count),
                                       {b.v_pairs, 1, v_wide}, b.probability_pairs, QUERIES,
@@ -291,7 +291,7 @@ template <class Words> struct Kernel {
 
   // ---- backward ----
 
-  // probabilities and dscores of a block from scores and dprobabilities
+  // probabilities and dscores of a block from logits and dprobabilities
   void compute_dscores(Blocks& b, const Panel& panel, Keys keys) const {
     const float kept_factor = call.kept_factor;
     for (long j = 0; j < keys.count; j += 2)
@@ -302,7 +302,7 @@ template <class Words> struct Kernel {
 #pragma GCC unroll 2
           for (long x = 0; x < 2; ++x) {
             const long column = i + x * W, at = (j + y) * QUERIES + column;
-            Floats probabilities = Words::power(load(b.scores + at) * unit - load(panel.lse + column));
+            Floats probabilities = Words::power(load(b.logits + at) * unit - load(panel.lse + column));
             Floats dprobabilities = load(b.dprobabilities + at);
             kept[y][x] = probabilities;
             if (drops()) {
@@ -353,7 +353,7 @@ template <class Words> struct Kernel {
       rows_in<FloatWords>(*side, call.dtype, panel.batch, panel.first, panel.head, panel.rows,
                           QUERIES, call.v_head_dim, side == &call.out ? out : dout);
     for (long i = 0; i < QUERIES; ++i) {
-      panel.lse[i] = INFINITY;  // e^(scores - inf) is the 0 of a row that sees nothing
+      panel.lse[i] = INFINITY;  // e^(logits - inf) is the 0 of a row that sees nothing
       panel.delta[i] = 0;
       if (i >= panel.rows) continue;
       const float lse = number(call.lse, panel.batch, panel.first + i, panel.head);
@@ -392,7 +392,7 @@ template <class Words> struct Kernel {
 
   void backward_of_block(Blocks& b, const Panel& panel, Keys keys, float* dk, float* dv) const {
     const long queries = QUERIES / PER_WORD;  // in words
-    compute_scores<true>(b, panel, keys);
+    compute_logits<true>(b, panel, keys);
     multiply_rows(keys.count, v_words, v_wide / PER_WORD, b.v_rows, panel.dout_columns,
                   b.dprobabilities);
     compute_dscores(b, panel, keys);

@@ -1,15 +1,15 @@
-// What happens to a block of scores between the product and the softmax, and dropout.
+// What happens to a block of logits between the product and the softmax, and dropout.
 #pragma once
 #include "call.h"
 
 namespace {
 
-constexpr long QUERIES = 64;                  // of a panel: the columns of a block of scores
-constexpr long KEYS = 64;                     // the rows of a block of scores, at most
+constexpr long QUERIES = 64;                  // of a panel: the columns of a block of logits
+constexpr long KEYS = 64;                     // the rows of a block of logits, at most
 constexpr long VECTORS = QUERIES / W;         // of a row
 constexpr long BLOCK = KEYS * QUERIES;
 
-// Queries of one head whose scores are computed together.
+// Queries of one head whose logits are computed together.
 struct Panel {
   long batch, head, first, rows;              // queries [first, first + rows)
   long first_key, last_key;                   // that some of them sees: [first_key, last_key)
@@ -25,7 +25,7 @@ struct Panel {
 
 struct Keys { long first, count; };           // [first, first + count), at most KEYS
 
-// The mixing of core/scores/dropout.py: Note [The same mask everywhere].
+// The mixing of core/logits/dropout.py: Note [The same mask everywhere].
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
 template <class Word> INLINE Word mix(Word x) {
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -57,8 +57,8 @@ INLINE Ints is_kept(const uint64_t* of_queries, uint64_t of_key, int64_t dropped
 
 // Scores with scale, softcap, bias and ALiBi, times `unit`; `slopes`: the softcap's derivative.
 template <bool SLOPES>
-static void modify_scores(const Call& call, const Panel& panel, Keys keys, float unit,
-                          float* scores, float* slopes, float* bias_rows, float* bias) {
+static void modify_logits(const Call& call, const Panel& panel, Keys keys, float unit,
+                          float* logits, float* slopes, float* bias_rows, float* bias) {
   const float scale = std::fabs(call.softmax_scale), softcap = call.softcap;
   if (call.bias.data) {
     for (long i = 0; i < panel.rows; ++i)
@@ -69,23 +69,23 @@ static void modify_scores(const Call& call, const Panel& panel, Keys keys, float
   }
   for (long j = 0; j < keys.count; ++j)
     for (long at = j * QUERIES; at < (j + 1) * QUERIES; at += W) {
-      Floats score = load(scores + at) * scale;
+      Floats logit = load(logits + at) * scale;
       if (softcap > 0) {
         Floats ratio = tanh(score / softcap);
-        score = ratio * softcap;
+        logit = ratio * softcap;
         if (SLOPES) store(slopes + at, 1.f - ratio * ratio);
       }
-      if (call.bias.data) score += load(bias + at);
+      if (call.bias.data) logit += load(bias + at);
       if (call.alibi_slopes) {
         Floats positions = load(panel.positions + at - j * QUERIES);
-        score -= panel.slope * absolute(positions - call.k_positions[keys.first + j]);
+        logit -= panel.slope * absolute(positions - call.k_positions[keys.first + j]);
       }
-      store(scores + at, score * unit);
+      store(logits + at, logit * unit);
     }
 }
 
 // -inf where the band hides the key.
-static void hide_scores(const Call& call, const Panel& panel, Keys keys, float* scores) {
+static void hide_logits(const Call& call, const Panel& panel, Keys keys, float* logits) {
   const long last_key = keys.first + keys.count - 1, last_query = panel.first + panel.rows - 1;
   if (keys.first - last_query >= call.lo && last_key - panel.first <= call.hi) return;
   Ints lanes;
@@ -98,7 +98,7 @@ static void hide_scores(const Call& call, const Panel& panel, Keys keys, float* 
     for (int v = 0; v < QUERIES; v += W) {
       if (from <= v && v + W - 1 <= to) continue;
       Ints seen = (lanes + v >= from) & (lanes + v <= to);
-      float* p = scores + j * QUERIES + v;
+      float* p = logits + j * QUERIES + v;
       store(p, select(seen, load(p), splat(-INFINITY)));
     }
   }
