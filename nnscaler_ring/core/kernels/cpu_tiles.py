@@ -35,12 +35,18 @@ class CpuTiles:
 
     name = "cpu_tiles"
 
-    def supports(self, problem: Problem) -> str | None:
-        """CPU tensors of 16 or 32 bits, where the library is there."""
+    def limits(self, problem: Problem) -> str | None:
+        """CPU tensors of 16 or 32 bits."""
         if problem.device_type != "cpu":
             return f"it computes on cpu, the tensors are on {problem.device_type}"
         if problem.dtype not in DTYPES:
             return f"it computes in {', '.join(map(str, DTYPES))}, not in {problem.dtype}"
+        return None
+
+    def supports(self, problem: Problem) -> str | None:
+        """The same, where the library is there."""
+        if reason := self.limits(problem):
+            return reason
         found = library()
         return found if isinstance(found, str) else None
 

@@ -254,7 +254,9 @@ def test_scales_of_any_sign(kernel, scale):
 def test_nan_spoils_what_it_enters_and_nothing_else(kernel, dtype):
     for name, index in itertools.product("qk", (0, 65)):
         shape = Shape(70, 70, (-1, -1))
-        tensors = dict(zip("qkv", (x.to(dtype) for x in inputs(shape, (2, 1), (8, 8))[:3]), strict=True))
+        tensors = dict(
+            zip("qkv", (x.to(dtype) for x in inputs(shape, (2, 1), (8, 8))[:3]), strict=True)
+        )
         tensors[name][0, index, 0, 3] = math.nan
         scores = TileScores(SCALE, shape.window)
         out, lse = kernel.forward(**tensors, scores=scores)
@@ -356,7 +358,17 @@ def test_sanitizers_find_nothing(tmp_path):
     build = "from nnscaler_ring.core.kernels.native.library import build; build()"
     subprocess.run([sys.executable, "-c", build], env=environment, check=True)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not full", "-p", "no:cacheprovider", __file__],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "not full",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+        ],
         env=environment | {"LD_PRELOAD": asan},
         capture_output=True,
         text=True,

@@ -92,12 +92,13 @@ def _compile(command: list[str], folder: Path) -> None:
                 [*command, *FLAGS, *flags, defined, *outputs], stderr=subprocess.PIPE, text=True
             )
         except OSError as error:
-            raise BuildError(f"the C++ compiler {shlex.join(command)} cannot run: {error}") from error
+            raise BuildError(
+                f"the C++ compiler {shlex.join(command)} cannot run: {error}"
+            ) from error
     errors = {name: job.communicate()[1] for name, job in jobs.items()}
     if failed := [name for name, job in jobs.items() if job.returncode]:
-        raise BuildError(
-            f"{shlex.join(command)} failed for {', '.join(failed)}: {errors[failed[0]][:500].strip()}"
-        )
+        said = errors[failed[0]][:500].strip()
+        raise BuildError(f"{shlex.join(command)} failed for {', '.join(failed)}: {said}")
 
 
 def compiler_hash(command: list[str]) -> str:

@@ -65,7 +65,7 @@ def library(instruction_set: str | None = None) -> Library | str:
             ):
                 return f"this processor has {best.instruction_set} at most, not {name}"
             return best._replace(functions=_load(folder, name).functions, instruction_set=name)
-        except OSError as error:
+        except (OSError, AttributeError) as error:  # no library, or not one of ours
             reason = f"its library does not load: {error}"
     return reason
 

@@ -25,7 +25,7 @@ struct Panel {
 
 struct Keys { long first, count; };           // [first, first + count), at most KEYS
 
-// The mixing of core/logits/dropout.py: Note [The same mask everywhere].
+// The mixing of core/scores/dropout.py: Note [The same mask everywhere].
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
 template <class Word> INLINE Word mix(Word x) {
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -71,7 +71,7 @@ static void modify_logits(const Call& call, const Panel& panel, Keys keys, float
     for (long at = j * QUERIES; at < (j + 1) * QUERIES; at += W) {
       Floats logit = load(logits + at) * scale;
       if (softcap > 0) {
-        Floats ratio = tanh(score / softcap);
+        Floats ratio = tanh(logit / softcap);
         logit = ratio * softcap;
         if (SLOPES) store(slopes + at, 1.f - ratio * ratio);
       }

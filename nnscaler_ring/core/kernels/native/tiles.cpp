@@ -68,7 +68,7 @@ template <class Words> struct Kernel {
   const long wide = padded<Words>(call.head_dim), v_wide = padded<Words>(call.v_head_dim);
   const long words = (call.head_dim + PER_WORD - 1) / PER_WORD;
   const long v_words = (call.v_head_dim + PER_WORD - 1) / PER_WORD;
-  // What the exponential takes is a score times this; modified logits have it already.
+  // What the exponential takes is a logit times this; modified logits have it already.
   const float unit = has_mods ? 1.f : std::fabs(call.softmax_scale) * Words::UNIT;
   long shares = 1;
 
@@ -84,9 +84,10 @@ template <class Words> struct Kernel {
   size_t sums_size() const { return call.nk * (wide + v_wide); }
 
   bool reserve(Blocks& b) const {
-    const long widest = most(wide, v_wide), of_panels = 2 * (wide + v_wide) * QUERIES + 3 * widest * QUERIES;
+    const long widest = most(wide, v_wide);
+    const long of_panel = (2 * (wide + v_wide) + widest) * QUERIES;
     const long sums = is_backward && shares == 1 ? sums_size() : 0;
-    if (!b.memory.reserve(PANELS * of_panels + 5 * KEYS * widest + 9 * BLOCK + sums, 64))
+    if (!b.memory.reserve(PANELS * of_panel + 5 * KEYS * widest + 9 * BLOCK + sums, 64))
       return false;
     for (Panel& panel : b.panels) {
       panel.q_columns = b.memory.take(round_up(words, 16) * QUERIES);
@@ -126,7 +127,8 @@ template <class Words> struct Kernel {
       panel.first = x / group * QUERIES;
       panel.rows = least(QUERIES, call.nq - panel.first);
       panel.first_key = call.lo < -call.nq ? 0 : most(0, panel.first + call.lo);
-      panel.last_key = call.hi > call.nk ? call.nk : least(call.nk, panel.first + panel.rows + call.hi);
+      panel.last_key =
+          call.hi > call.nk ? call.nk : least(call.nk, panel.first + panel.rows + call.hi);
       if (call.alibi_slopes) {
         panel.slope = call.alibi_slopes[batch * call.num_heads + panel.head];
         for (long i = 0; i < QUERIES; ++i)
@@ -193,7 +195,8 @@ template <class Words> struct Kernel {
   template <bool SLOPES> void compute_logits(Blocks& b, const Panel& panel, Keys keys) const {
     multiply_rows(keys.count, words, wide / PER_WORD, b.k_rows, panel.q_columns, b.logits);
     if (has_mods)
-      modify_logits<SLOPES>(call, panel, keys, Words::UNIT, b.logits, b.slopes, b.bias_rows, b.bias);
+      modify_logits<SLOPES>(call, panel, keys, Words::UNIT, b.logits, b.slopes, b.bias_rows,
+                            b.bias);
     hide_logits(call, panel, keys, b.logits);
     for (long j = keys.count; j < round_up(keys.count, 2); ++j)  // keys go by twos
       for (long i = 0; i < QUERIES; i += W) store(b.logits + j * QUERIES + i, splat(-INFINITY));
@@ -206,6 +209,11 @@ template <class Words> struct Kernel {
 #endif
     store(block + j * QUERIES + i, first);
     store(block + (j + 1) * QUERIES + i, second);
+  }
+
+  // Numbers of W queries and a key, 0 where dropout drops the pair
+  Floats kept(Floats x, const uint64_t* of_queries, uint64_t of_key) const {
+    return (Floats)((Ints)x & is_kept(of_queries, of_key, call.dropped_below));
   }
 
   // ---- forward ----
@@ -228,8 +236,8 @@ template <class Words> struct Kernel {
         even += first;
         odd += second;
         if (drops()) {
-          first = (Floats)((Ints)first & is_kept(panel.words + i, b.k_words[j], call.dropped_below));
-          second = (Floats)((Ints)second & is_kept(panel.words + i, b.k_words[j + 1], call.dropped_below));
+          first = kept(first, panel.words + i, b.k_words[j]);
+          second = kept(second, panel.words + i, b.k_words[j + 1]);
         }
         put_pairs(b.probability_pairs, j, i, first, second);
       }
@@ -238,7 +246,8 @@ template <class Words> struct Kernel {
   }
 
   void forward(Blocks& b, long item) const {
-    const long kv = item / batches, batch = kv / call.num_kv_heads, kv_head = kv % call.num_kv_heads;
+    const long kv = item / batches;
+    const long batch = kv / call.num_kv_heads, kv_head = kv % call.num_kv_heads;
     const long count = set_up_panels(b, batch, kv_head, item % batches);
     for (long x = 0; x < count; ++x)
       for (long i = 0; i < QUERIES; ++i) {
@@ -296,26 +305,26 @@ template <class Words> struct Kernel {
     const float kept_factor = call.kept_factor;
     for (long j = 0; j < keys.count; j += 2)
       for (long i = 0; i < QUERIES; i += 2 * W) {
-        Floats kept[2][2], dscores[2][2];  // [key][vector]
+        Floats kept_probabilities[2][2], dscores[2][2];  // [key][vector]
 #pragma GCC unroll 2
         for (long y = 0; y < 2; ++y)
 #pragma GCC unroll 2
           for (long x = 0; x < 2; ++x) {
             const long column = i + x * W, at = (j + y) * QUERIES + column;
-            Floats probabilities = Words::power(load(b.logits + at) * unit - load(panel.lse + column));
+            const Floats lse = load(panel.lse + column), delta = load(panel.delta + column);
+            Floats probabilities = Words::power(load(b.logits + at) * unit - lse);
             Floats dprobabilities = load(b.dprobabilities + at);
-            kept[y][x] = probabilities;
+            kept_probabilities[y][x] = probabilities;
             if (drops()) {
-              Ints is = is_kept(panel.words + column, b.k_words[j + y], call.dropped_below);
-              Floats factors = (Floats)((Ints)splat(kept_factor) & is);
+              Floats factors = kept(splat(kept_factor), panel.words + column, b.k_words[j + y]);
               dprobabilities *= factors;
-              kept[y][x] *= factors;
+              kept_probabilities[y][x] *= factors;
             }
-            dscores[y][x] = probabilities * (dprobabilities - load(panel.delta + column));
+            dscores[y][x] = probabilities * (dprobabilities - delta);
             if (call.dbias.data) store(b.bias + at, dscores[y][x]);
             if (call.softcap > 0) dscores[y][x] *= load(b.slopes + at);
           }
-        put_block(b.probability_rows, nullptr, j, i, kept);
+        put_block(b.probability_rows, nullptr, j, i, kept_probabilities);
         put_block(b.dscore_rows, b.dscore_pairs, j, i, dscores);
       }
   }
@@ -368,7 +377,8 @@ template <class Words> struct Kernel {
   }
 
   void backward(Blocks& b, long item, float* dk, float* dv) const {
-    const long kv = item / shares, batch = kv / call.num_kv_heads, kv_head = kv % call.num_kv_heads;
+    const long kv = item / shares;
+    const long batch = kv / call.num_kv_heads, kv_head = kv % call.num_kv_heads;
     memset(dk, 0, call.nk * wide * 4);
     memset(dv, 0, call.nk * v_wide * 4);
     for (long number = item % shares; number < batches; number += shares) {
@@ -381,12 +391,14 @@ template <class Words> struct Kernel {
         for (long x = 0; x < count; ++x) {
           const Panel& panel = b.panels[x];
           const Keys seen = seen_by(panel, keys);
-          if (seen.count > 0) backward_of_block(b, panel, seen, dk + seen.first * wide, dv + seen.first * v_wide);
+          if (seen.count > 0)
+            backward_of_block(b, panel, seen, dk + seen.first * wide, dv + seen.first * v_wide);
         }
       }
       float factors[QUERIES];
       for (float& factor : factors) factor = call.softmax_scale;
-      for (long x = 0; x < count; ++x) write_columns(b, b.panels[x], call.head_dim, factors, call.dq);
+      for (long x = 0; x < count; ++x)
+        write_columns(b, b.panels[x], call.head_dim, factors, call.dq);
     }
   }
 
@@ -454,7 +466,8 @@ template <class Words> struct Kernel {
   }
 
   // Every item once, by threads that take the next one when they are done with one.
-  template <class Do> void each(long items, long threads, std::atomic<bool>& failed, Do compute) const {
+  template <class Do>
+  void each(long items, long threads, std::atomic<bool>& failed, Do compute) const {
     std::atomic<long> next(0);
     auto work = [&] {
       Blocks* b = new (std::nothrow) Blocks;
@@ -475,11 +488,10 @@ template <class Words> struct Kernel {
 
 }  // namespace
 
-extern "C" {
+#define PUBLIC extern "C" __attribute__((visibility("default")))
 
 // 0: done; 1: out of memory.
-__attribute__((visibility("default"))) int nnscaler_ring_attention(const Call* call, int is_backward,
-                                                                   int threads) {
+PUBLIC int nnscaler_ring_attention(const Call* call, int is_backward, int threads) {
 #if defined(__AVX512BF16__)
   if (call->dtype == BFLOAT16) return !Kernel<Bfloat16Words>(*call, is_backward).run(threads);
 #endif
@@ -487,21 +499,18 @@ __attribute__((visibility("default"))) int nnscaler_ring_attention(const Call* c
 }
 
 // The hash of the sources that this was compiled from.
-__attribute__((visibility("default"))) const char* nnscaler_ring_sources() { return SOURCES; }
+PUBLIC const char* nnscaler_ring_sources() { return SOURCES; }
 
 // The best of the instruction sets in build.py that this processor and system can run.
-__attribute__((visibility("default"))) const char* nnscaler_ring_instruction_set() {
+PUBLIC const char* nnscaler_ring_instruction_set() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512cd");
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-  if (has_avx2 && has_avx512) return __builtin_cpu_supports("avx512bf16") ? "avx512_bf16" : "avx512";
-  if (has_avx2) return "avx2";
+#define HAS __builtin_cpu_supports
+  if (HAS("avx2") && HAS("fma") && HAS("bmi") && HAS("bmi2")) {
+    if (HAS("avx512f") && HAS("avx512bw") && HAS("avx512cd") && HAS("avx512dq") && HAS("avx512vl"))
+      return HAS("avx512bf16") ? "avx512_bf16" : "avx512";
+    return "avx2";
+  }
 #endif
   return "baseline";
 }
-
-}  // extern "C"
