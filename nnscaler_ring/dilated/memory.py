@@ -14,8 +14,7 @@ from nnscaler_ring.core.exchange import AllGatherPlan, DirectPlan, ExchangePlan,
 from nnscaler_ring.core.offered_rows import OfferedRowsPlan
 from nnscaler_ring.core.plan.dilation import Branch, HeadGroup, HeadOffsets
 from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, row_count
-from nnscaler_ring.simulator.memory import Memory
-from nnscaler_ring.simulator.sizes import Sizes
+from nnscaler_ring.core.sizes import Memory, Sizes
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import pairwise
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.op.checks import check_cu_seqlens_values, check_shard_lens
 from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments, SequenceLayout
 from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, Rows, Schedule
-from nnscaler_ring.simulator.sizes import Sizes
+from nnscaler_ring.core.plan.shards import equal_shards
+from nnscaler_ring.core.sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,3 @@ class SimulatedCall:
         if self.cu_seqlens is None:
             return layout
         return PackedDocuments(layout, self.cu_seqlens, self.cu_seqlens)
-
-
-@lru_cache(maxsize=64)
-def equal_shards(tokens: int, ranks: int) -> tuple[int, ...]:
-    """Contiguous shards that differ by one token at most."""
-    edges = (rank * tokens // ranks for rank in range(ranks + 1))
-    return tuple(stop - start for start, stop in pairwise(edges))

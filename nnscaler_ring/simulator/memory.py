@@ -17,6 +17,7 @@ from nnscaler_ring.core.exchange.rounds import BACKWARD_KEYS, FORWARD_KEYS, Dist
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.plan.schedule import row_count
 from nnscaler_ring.core.plan.tile import UNBOUNDED, Tile
+from nnscaler_ring.core.sizes import Memory
 from nnscaler_ring.core.sums.online_softmax import ROWS_AT_ONCE
 from nnscaler_ring.simulator.call import SimulatedCall
 
@@ -75,18 +76,6 @@ def _needs_mask(tile: Tile) -> bool:
     if tile.hi == UNBOUNDED:
         return tile.lo != -UNBOUNDED
     return tile.lo != -UNBOUNDED or tile.hi != tile.k0 - tile.q0
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank at its peak, by component."""
-
-    components: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(self.components.values())
 
 
 def predict_memory(

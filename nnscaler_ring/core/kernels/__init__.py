@@ -1,5 +1,6 @@
-"""Attention kernels: one tile on one device, behind one protocol. Kernels never import each other.
+"""Attention kernels: one tile on one device, behind one protocol.
 
+Adapters never import each other: one that needs another asks `offer_of` for it by name.
 A new kernel is one file with a class that has the members of `KernelOffer`, and a `case` in
 `offer_of`. What it prepares has the members of `AttentionKernel`, and may be the same object.
 """

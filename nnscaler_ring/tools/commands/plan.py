@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nnscaler_ring.core.op.checks import check_mask
+from nnscaler_ring.core.sizes import Sizes, dtype_name
 from nnscaler_ring.simulator.cluster import Cluster, Link, check_cluster, load_cluster
 from nnscaler_ring.simulator.planner import Job, Plan, StrategyPlan, gigabytes, plan
-from nnscaler_ring.simulator.sizes import Sizes, dtype_name
 from nnscaler_ring.tools.commands.options import usage_errors
 
 
