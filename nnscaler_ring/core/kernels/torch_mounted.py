@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch.nn import attention
 
-from nnscaler_ring.core.kernels import AttentionKernel, Problem, offer_of
 from nnscaler_ring.core.kernels.aten_flash import AtenFlash
+from nnscaler_ring.core.kernels.contract import AttentionKernel, Problem
 from nnscaler_ring.core.kernels.flash_form import FlashKernel
+from nnscaler_ring.core.kernels.registry import offer_of
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.kernels.flash_attn import FlashAttn

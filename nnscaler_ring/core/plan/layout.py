@@ -48,7 +48,7 @@ class Contiguous:
         return cls(tuple(shard_lens))
 
     def spans(self, rank: int) -> tuple[Span, ...]:
-        return _runs([(sum(self.shard_lens[:rank]), self.shard_lens[rank])])
+        return runs_to_spans([(sum(self.shard_lens[:rank]), self.shard_lens[rank])])
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Zigzag:
         return tuple(sum(n for _, n in self._chunks(r)) for r in range(self.world_size))
 
     def spans(self, rank: int) -> tuple[Span, ...]:
-        return _runs(self._chunks(rank))
+        return runs_to_spans(self._chunks(rank))
 
     def _chunks(self, rank: int) -> list[tuple[int, int]]:
         chunks = 2 * self.world_size
@@ -100,7 +100,7 @@ class ZigzagDocuments:
         return tuple(sum(span.length for span in self.spans(r)) for r in range(self.world_size))
 
     def spans(self, rank: int) -> tuple[Span, ...]:
-        return _runs(
+        return runs_to_spans(
             [
                 (start + position, length)
                 for start, stop in pairwise(self.cu_seqlens)
@@ -169,7 +169,7 @@ class PackedDocuments:
         return pieces
 
 
-def _runs(chunks: Sequence[tuple[int, int]]) -> tuple[Span, ...]:
+def runs_to_spans(chunks: Sequence[tuple[int, int]]) -> tuple[Span, ...]:
     """Spans of (position, length) chunks laid out in rows one after another; touching ones join."""
     spans: list[Span] = []
     row = 0
