@@ -25,23 +25,25 @@ LEVELS = (
     ("core",),
     ("core.op",),
     ("ring_attn", "ring_attn_varlen", "zigzag_attn", "dilated_attn"),
-    ("nnscaler_ops",),
-    ("nnscaler_hook", "policies"),
+    ("nnscaler",),
     ("",),
-    ("training", "cpu_runtime"),
+    ("training",),
     ("models", "dilated"),
     ("simulator",),
     ("tools",),
     ("__main__",),
 )
 """Rooms from the ground up. A module imports from its own room and from lower levels: never from
-above, never from a sibling of its level. A folder's room is its path, "" the package itself, and
-"core" its loose modules (engine, dilated, ...); what is not named here belongs to the longest room
-that is a prefix of its path."""
+above, never from a sibling of its level. A folder's room is its path, "core" its loose modules
+(engine, dilated, ...), and "" the package itself; what is not named here belongs to the longest
+room that is a prefix of its path, and so a new folder is a room of its own only once it stands
+here."""
+
+NNSCALER = ("nnscaler_", "policies", "cpu_runtime")
+"""How the names of the modules begin that make up the room "nnscaler"."""
 
 DOORS = {
     "nnscaler_ring.dilated.ring_attention_tester": "nnscaler_ring.tools.ring_attention_tester",
-    "nnscaler_ring.nnscaler_hook": "nnscaler_ring.nnscaler_ops",
 }
 """Modules that may import one module of a higher level, when somebody asks for what is there."""
 
@@ -84,6 +86,8 @@ ROOMS = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 def room_of(module: str) -> str:
     """The longest room that a module's path begins with."""
     path = module.removeprefix(PACKAGE).removeprefix(".")
+    if path.startswith(NNSCALER):
+        return "nnscaler"
     while path not in ROOMS:
         path = path.rpartition(".")[0]
     return path
