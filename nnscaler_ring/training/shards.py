@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.plan.shards import equal_shards
+from nnscaler_ring.core.plan.layout import LAYOUTS
+from nnscaler_ring.core.plan.span import even_lens
 from nnscaler_ring.core.ranks.groups import find_place, group_string
-from nnscaler_ring.zigzag_attn import zigzag_positions
+from nnscaler_ring.core.token_index import token_index
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
@@ -24,7 +25,7 @@ def even_shard_lens(tokens: int, process_group: ProcessGroupLike | None) -> list
         tokens: of the whole sequence.
     """
     ranks = find_place(group_string(process_group)).world_size
-    return list(equal_shards(tokens, ranks))
+    return list(even_lens(tokens, ranks))
 
 
 def positions_of_shard(
@@ -44,7 +45,5 @@ def positions_of_shard(
     """
     place = find_place(group_string(process_group))
     lens = list(shard_lens or [tokens] * place.world_size)
-    if layout == "zigzag":
-        return zigzag_positions(sum(lens), process_group, device=device).unsqueeze(0)
-    start = sum(lens[: place.block])
-    return torch.arange(start, start + tokens, device=device).unsqueeze(0)
+    held = LAYOUTS[layout].for_shards(lens).positions(place.block)
+    return token_index(held, device).unsqueeze(0)
