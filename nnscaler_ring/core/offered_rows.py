@@ -18,7 +18,6 @@ from typing import NamedTuple
 from nnscaler_ring.core.exchange import EXCHANGES, Program
 from nnscaler_ring.core.exchange.program import Action, Compute
 from nnscaler_ring.core.plan.dilation import SpanningSegments, Strip
-from nnscaler_ring.core.plan.layout import Span
 from nnscaler_ring.core.plan.schedule import (
     CAUSAL,
     FULL,
@@ -30,6 +29,7 @@ from nnscaler_ring.core.plan.schedule import (
     tiles_of_spans,
     union,
 )
+from nnscaler_ring.core.plan.span import Span
 from nnscaler_ring.core.plan.tile import Tile
 
 

@@ -27,7 +27,7 @@ from nnscaler_ring.core.ranks.relayout import move_rows
 from nnscaler_ring.core.ranks.transport import Kind, Message
 from nnscaler_ring.core.scores.scores import Scores
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
-from tests.core.plan.test_layout import TOKENS, random_lens
+from tests.core.plan.test_layout import random_lens, tokens_of_layout
 from tests.core.plan.test_schedule import Problem, random_problems
 from tests.core.test_exchange import assert_rows_equal, dense_results, engine_inputs, program_of
 
@@ -156,9 +156,9 @@ def test_rows_that_arrive_as_late_as_they_may():
                 transport: Any, source=source, lens=lens, layouts=layouts, rows=rows
             ) -> Tensor:
                 block = transport.place.block
-                mine = rows[TOKENS[source](lens)[block]]
+                mine = rows[tokens_of_layout(source, lens)[block]]
                 (moved,) = move_rows([(mine, 0)], plan_moves(*layouts, block), transport)
                 return moved
 
             for block, moved in enumerate(run_ranks(len(lens), rank_main)):
-                assert torch.equal(moved, rows[TOKENS[target](lens)[block]])
+                assert torch.equal(moved, rows[tokens_of_layout(target, lens)[block]])
