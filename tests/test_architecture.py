@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (
     ("core.plan",),
     ("core.sums", "core.bounded_cache"),
-    ("core.ranks", "core.shape"),
+    ("core.ranks", "core.shape", "core.token_index"),
     ("core.scores",),
     ("core.kernels",),
     ("core.exchange",),
