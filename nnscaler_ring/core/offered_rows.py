@@ -28,7 +28,6 @@ from nnscaler_ring.core.exchange import (
     Sent,
 )
 from nnscaler_ring.core.plan.dilation import SpanningSegments, Strip
-from nnscaler_ring.core.plan.layout import Span
 from nnscaler_ring.core.plan.schedule import (
     CAUSAL,
     FULL,
@@ -39,6 +38,7 @@ from nnscaler_ring.core.plan.schedule import (
     tiles_of_spans,
     union,
 )
+from nnscaler_ring.core.plan.span import Span
 from nnscaler_ring.core.plan.tile import Tile
 from nnscaler_ring.core.ranks.transport import Transport
 from nnscaler_ring.core.scores.coordinates import KeyRows

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Mask
+from nnscaler_ring.core.token_index import token_index
 from nnscaler_ring.simulator import (
     GeneratedInputs,
     RingAttentionSimulator,
@@ -62,9 +63,7 @@ def distributed(ranks: list[int], cases: Sequence[Case], dtype: torch.dtype) -> 
 
 def rows_of(case: Case, block: int) -> Tensor:
     name = "zigzag" if case.op == "zigzag in zigzag order" else "contiguous"
-    spans = LAYOUTS[name].for_shards(case.shard_lens).spans(block)
-    runs = [torch.arange(s.position, s.position + s.length) for s in spans]
-    return torch.cat(runs) if runs else torch.arange(0)
+    return token_index(LAYOUTS[name].for_shards(case.shard_lens).positions(block))
 
 
 def same_tokens(case: Case) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from nnscaler_ring.core.plan.layout import SequenceLayout, Span
+from nnscaler_ring.core.plan.span import SequenceLayout, Span
 from nnscaler_ring.core.plan.tile import UNBOUNDED, Tile, clip_keys, merge_neighbours, trim
 
 Rows = tuple[tuple[int, int], ...]
