@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nnscaler_ring.core.plan.layout import LAYOUTS
+from nnscaler_ring.core.plan.span import even_lens
 from nnscaler_ring.core.ranks.groups import find_place, group_of
+from nnscaler_ring.core.token_index import token_index
 from nnscaler_ring.hf.sharding import RingSettings, Sharding, settings_of
 
 IGNORED = -100
@@ -117,10 +119,8 @@ def _sharding(
             f"batch must have a token for each of the {ranks} ranks, got {total}: transformers' "
             "masks do not take an empty shard; pad on the right, or use fewer ranks."
         )
-    even = [(r + 1) * total // ranks - r * total // ranks for r in range(ranks)]
-    layout = LAYOUTS[name].for_shards(even)
-    spans = layout.spans(place.block)
-    rows = [torch.arange(s.position, s.position + s.length) for s in spans]
+    documents = None if cu_seqlens is None else cu_seqlens[0]
+    layout = LAYOUTS[name].for_shards(even_lens(total, ranks), documents)
     chunks = None
     if settings.chunk_size is not None:
         whole = cu_seqlens or [[0, total]] * size
@@ -128,7 +128,7 @@ def _sharding(
     return Sharding(
         layout=name,
         shard_lens=tuple(layout.shard_lens),
-        rows=torch.cat(rows) if rows else torch.arange(0),
+        rows=token_index(layout.positions(place.block)),
         cu_seqlens=None if cu_seqlens is None else tuple(map(_tensor, cu_seqlens)),
         chunk_cu_seqlens=chunks,
         last_position=int(position_ids.max()),

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nnscaler_ring import set_agreement_timeout
 from nnscaler_ring.hf import apply_ring_attention, shard_batch
 from tests.hf import dense_attention
 from tests.hf.architectures import ARCHITECTURES, VOCABULARY
@@ -54,6 +55,9 @@ def compare(
 ) -> dict[str, float]:
     """The largest errors of logits, loss and gradients; gradients relative to their largest."""
     dense_attention.register()
+    if ranks is not None:
+        # Importing transformers parts the ranks of a busy machine by seconds.
+        set_agreement_timeout(dist.group.WORLD, 25.0)
     with dense_attention.float64_throughout():
         return _compare(ranks, name, case, layout, tokens, **more)
 
@@ -82,7 +86,7 @@ def _compare(
     loss = summed(result.loss.detach().double(), ranks)
     return {
         "logits": float(error.detach().max()) if error.numel() else 0.0,
-        "loss": float((loss - whole_loss).abs()),
+        "loss": float((loss - whole_loss).detach().abs()),
         "gradients": gradient_error(model, whole, ranks),
     }
 

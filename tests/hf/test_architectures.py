@@ -28,7 +28,7 @@ FEW = [
     ("gpt_oss", "packed", "zigzag"),
     ("llama4", "dense", "contiguous"),
     ("deepseek_v3", "packed", "zigzag"),
-    ("phi3_longrope", "dense", "zigzag"),
+    ("phi3_longrope", "dense", "contiguous"),
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForSequenceClassification
 
+from nnscaler_ring import set_agreement_timeout
 from nnscaler_ring.hf import NAME, apply_ring_attention, shard_batch
 from tests.hf.architectures import ARCHITECTURES, REFUSED, SMALL, Architecture
 from tests.hf.comparison import TOKENS, make_batch
@@ -310,6 +311,7 @@ def test_probabilities_and_caches():
 
 
 def shard_other_batches(ranks, wrong):
+    set_agreement_timeout(torch.distributed.group.WORLD, 25.0)
     model = apply_ring_attention(build(), ranks)
     batch = make_batch("dense")
     if ranks.index(torch.distributed.get_rank()) == 1:
@@ -337,6 +339,7 @@ def test_a_rank_that_refuses_its_batch(pool):
 
 
 def too_short(ranks):
+    set_agreement_timeout(torch.distributed.group.WORLD, 25.0)
     model = apply_ring_attention(build(), ranks)
     with pytest.raises(ValueError, match="batch must have a token for each of the 2 ranks, got 1"):
         shard_batch(model, make_batch("dense", tokens=1))
