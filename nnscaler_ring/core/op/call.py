@@ -9,7 +9,7 @@ from zlib import crc32
 
 import torch
 
-from nnscaler_ring.core.exchange import EXCHANGES, ExchangePlan
+from nnscaler_ring.core.exchange import EXCHANGES, Program
 from nnscaler_ring.core.op.checks import check_cu_seqlens_values
 from nnscaler_ring.core.op.documents import Documents, cu_seqlens_of
 from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments, SequenceLayout
@@ -86,7 +86,7 @@ class Plan:
     """
 
     schedule: Schedule
-    exchange: ExchangePlan
+    program: Program
     moves_in: Moves | None
     moves_out: Moves | None
     tag: int
@@ -126,8 +126,8 @@ def plan_call(call: Call, block: int) -> Plan:
         queries = PackedDocuments(queries, cu_q, cu_k)
         keys = PackedDocuments(keys, cu_k, cu_k)
     schedule = Schedule(queries, keys, call.mask)
-    exchange = EXCHANGES[call.exchange](schedule, block)
-    return Plan(schedule, exchange, moves_in, moves_out, tag_of(call))
+    program = EXCHANGES[call.exchange].program(schedule, block)
+    return Plan(schedule, program, moves_in, moves_out, tag_of(call))
 
 
 @lru_cache(maxsize=256)

@@ -19,6 +19,9 @@ from nnscaler_ring.core.plan.tile import UNBOUNDED, Tile, clip_keys, merge_neigh
 Rows = tuple[tuple[int, int], ...]
 """Runs `[start, stop)` of rows, ascending, not touching."""
 
+KeyRows = tuple[tuple[int, int, int], ...]
+"""Rows `[start, stop)` of a source's shard, as (source, start, stop), one after another."""
+
 
 @dataclass(frozen=True)
 class Mask:
