@@ -10,6 +10,7 @@ from nnscaler_ring.core.plan.dilation import HeadOffsets
 from nnscaler_ring.core.ranks.groups import Traffic, set_agreement_timeout, traffic
 from nnscaler_ring.core.scores.dropout import DropoutSeed
 from nnscaler_ring.nnscaler_hook import register_when_imported
+from nnscaler_ring.packed import packed_positions, packed_rows, packed_shard_lens
 from nnscaler_ring.zigzag_attn import zigzag_positions, zigzag_shard, zigzag_unshard
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ __all__ = [
     "DropoutSeed",
     "HeadOffsets",
     "Traffic",
+    "packed_positions",
+    "packed_rows",
+    "packed_shard_lens",
     "set_agreement_timeout",
     "traffic",
     "wrap_dilated_attn_func",

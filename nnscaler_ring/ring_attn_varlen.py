@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from nnscaler_ring.core.op.attention import context_parallel_attention
+from nnscaler_ring.core.op.checks import check_varlen_layout
+from nnscaler_ring.core.ranks.agreement import refusing_together
+from nnscaler_ring.core.ranks.groups import group_string
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
@@ -38,12 +41,14 @@ def wrap_ring_attn_varlen_func(
     shard_lens_k: Sequence[int] | None = None,
     exchange: str = "direct",
     kernel: str = "auto",
+    layout: str = "contiguous",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention within documents that are packed one after another over all ranks.
 
-    Rank i of the group passes and gets the i-th contiguous block of the packed tokens; documents
-    end where they end: no padding, no divisibility, and nothing travels across a document's end.
-    Arguments that are not listed here are those of `wrap_ring_attn_func`.
+    Rank i of the group passes and gets the i-th contiguous block of the packed tokens, unless
+    `layout` says otherwise; documents end where they end: no padding, no divisibility, and nothing
+    travels across a document's end. Arguments that are not listed here are those of
+    `wrap_ring_attn_func`.
 
     Args:
         q: [tokens, num_heads, head_dim], this rank's packed query tokens.
@@ -59,13 +64,22 @@ def wrap_ring_attn_varlen_func(
         shard_lens_k: key tokens of every block; None: as the queries' if the totals are equal, else
             all equal.
 
+        layout: who holds and computes which rows. "contiguous": contiguous shards; a rank's work
+            is as its documents fall. "folded": every rank computes as many tokens and, when causal,
+            as many pairs as any other, and passes and gets the rows that `packed_rows` names; see
+            `FoldedDocuments`. "contiguous, folded": the caller holds contiguous shards, and the op
+            moves the rows there and back; cu_seqlens_q and cu_seqlens_k must then be the same.
+
     Returns:
         out [tokens, num_heads, v_head_dim]; with `return_lse` also softmax_lse
         [num_heads, tokens]. A query whose document has no visible key gets 0 and -inf
         (the sink's logit).
     """
+    op = "wrap_ring_attn_varlen_func"
+    with refusing_together(group_string(process_group), op):
+        caller_layout, compute_layout = check_varlen_layout(layout)
     return context_parallel_attention(
-        "wrap_ring_attn_varlen_func",
+        op,
         q,
         k,
         v,
@@ -88,5 +102,7 @@ def wrap_ring_attn_varlen_func(
         softcap=softcap,
         sinks=sinks,
         dropout_seed=dropout_seed,
+        caller_layout=caller_layout,
+        compute_layout=compute_layout,
         packed=True,
     )

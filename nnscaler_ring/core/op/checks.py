@@ -250,6 +250,30 @@ def check_own_length(name: str, lens: Sequence[int], block: int, tokens: int) ->
         )
 
 
+VARLEN_LAYOUTS = {
+    "contiguous": ("contiguous", "contiguous"),
+    "folded": ("folded", "folded"),
+    "contiguous, folded": ("contiguous", "folded"),
+}
+"""`layout` of `wrap_ring_attn_varlen_func`: how rows are held by the caller, and computed."""
+
+
+def check_varlen_layout(layout: str) -> tuple[str, str]:
+    """The layouts in which packed rows are held and computed."""
+    if layout not in VARLEN_LAYOUTS:
+        raise ValueError(
+            f"layout must be one of {(*VARLEN_LAYOUTS,)}, got {layout!r}; the two that hold "
+            "contiguous shards need no other data loader."
+        )
+    return VARLEN_LAYOUTS[layout]
+
+
+def check_packed_layout(layout: str) -> None:
+    """The layouts of packed documents that a caller may hold."""
+    if layout not in ("folded", "contiguous"):
+        raise ValueError(f"layout must be 'folded' or 'contiguous', got {layout!r}.")
+
+
 def check_zigzag_layout(layout: str) -> None:
     """The layouts in which `wrap_zigzag_attn_func` takes and gives tensors."""
     if layout not in ("contiguous", "zigzag"):
