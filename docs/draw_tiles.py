@@ -24,7 +24,7 @@ from nnscaler_ring.core.plan.layout import (
     Striped,
     Zigzag,
 )
-from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, Schedule
+from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, Schedule, Window
 
 TOKENS, RANKS = 48, 4
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728")
@@ -34,8 +34,8 @@ PANELS: tuple[tuple[str, SequenceLayout, Mask], ...] = (
     ("contiguous, causal", CONTIGUOUS, CAUSAL),
     ("zigzag, causal", Zigzag(TOKENS, RANKS), CAUSAL),
     ("striped, causal", Striped(TOKENS, RANKS), CAUSAL),
-    ("zigzag, causal, window 10", Zigzag(TOKENS, RANKS), Mask(left=10, right=0)),
-    ("contiguous, window 6 to both sides", CONTIGUOUS, Mask(left=6, right=6)),
+    ("zigzag, causal, window 10", Zigzag(TOKENS, RANKS), Window(left=10, right=0)),
+    ("contiguous, window 6 to both sides", CONTIGUOUS, Window(left=6, right=6)),
     ("packed documents, causal", PackedDocuments(CONTIGUOUS, CU_SEQLENS, CU_SEQLENS), CAUSAL),
 )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from functools import lru_cache
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -12,8 +13,7 @@ from torch import Tensor
 from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.kernels import KERNELS, WHOLE_OPS
 from nnscaler_ring.core.plan.dilation import GROUPINGS, HeadOffsets
-from nnscaler_ring.core.plan.schedule import Mask
-from nnscaler_ring.core.plan.tile import UNBOUNDED
+from nnscaler_ring.core.plan.masks import Mask, Window, mask_of
 from nnscaler_ring.core.scores.dropout import DropoutSeed
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -60,7 +60,37 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> None:
         )
 
 
-def check_mask(causal: bool, window_size: tuple[int, int]) -> Mask:
+def check_mask(
+    mask: Mask | str | None, causal: bool, window_size: tuple[int, int], *, causal_default: bool
+) -> str:
+    """The text of the mask: of `mask`, or of `causal` and `window_size`.
+
+    `causal_default`: what the public function has where causal is left out.
+    """
+    window = check_window(causal, window_size)
+    if mask is None:
+        return window.text
+    if not isinstance(mask, Mask | str):
+        raise TypeError(
+            f"mask must be a mask such as nnscaler_ring.masks.Chunks(8192), its text, or None, got "
+            f"{type(mask).__name__}."
+        )
+    if causal is not causal_default or tuple(window_size) != (-1, -1):
+        raise ValueError(
+            "mask must be None where causal or window_size is given, got "
+            f"mask={mask}, causal={causal}, window_size={tuple(window_size)}; the mask says "
+            "all: leave both out, and combine masks with & or |."
+        )
+    return _mask_text(mask) if isinstance(mask, str) else mask.text
+
+
+@lru_cache(maxsize=256)
+def _mask_text(text: str) -> str:
+    """The text of the same mask as the mask itself has it."""
+    return mask_of(text).text
+
+
+def check_window(causal: bool, window_size: tuple[int, int]) -> Window:
     """The mask of `causal` and `window_size`."""
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False, got {causal!r}.")
@@ -72,8 +102,13 @@ def check_mask(causal: bool, window_size: tuple[int, int]) -> Mask:
         raise ValueError(
             f"window_size entries must be -1 or >= 0, got {window_size}; use -1 for unbounded."
         )
-    left, right = (min(side, UNBOUNDED) for side in window_size)
-    return Mask.from_window(causal, (left, right))
+    left, right = window_size
+    return _window(causal, int(left), int(right))
+
+
+@lru_cache(maxsize=256)
+def _window(causal: bool, left: int, right: int) -> Window:
+    return Window.from_window(causal, (left, right))
 
 
 def check_scale(softmax_scale: float | None, head_dim: int) -> float:
@@ -232,7 +267,7 @@ def check_shard_lens(
         )
     if any(n < 0 for n in lens):
         raise ValueError(f"{name} must not be negative, got {lens}; 0 is an empty shard.")
-    return lens
+    return [int(n) for n in lens]
 
 
 def check_own_length(name: str, lens: Sequence[int], block: int, tokens: int) -> None:
@@ -360,4 +395,5 @@ def check_cu_seqlens_values(name: str, values: Sequence[int], total: int) -> Non
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a value is an integer, Python's or numpy's."""
+    return isinstance(value, (int, Integral)) and not isinstance(value, bool)

@@ -29,6 +29,7 @@ from nnscaler_ring.core.plan.schedule import (
     PairWork,
     Rows,
     Schedule,
+    Window,
     cut_rows,
     row_count,
 )
@@ -83,7 +84,7 @@ def dense_problem(
         Schedule(
             LAYOUTS[q_name].for_shards(lens),
             LAYOUTS[k_name].for_shards(lens),
-            Mask.from_window(causal, window),
+            Window.from_window(causal, window),
         ),
         tokens_of_layout(q_name, lens),
         tokens_of_layout(k_name, lens),
@@ -106,7 +107,7 @@ def packed_problem(
         Schedule(
             PackedDocuments(LAYOUTS[q_name].for_shards(lens, cu), cu, cu_k),
             PackedDocuments(LAYOUTS[k_name].for_shards(lens_k, cu_k), cu_k, cu_k),
-            Mask.from_window(causal, window),
+            Window.from_window(causal, window),
         ),
         tokens_of_layout(q_name, lens, cu),
         tokens_of_layout(k_name, lens_k, cu_k),
@@ -302,10 +303,10 @@ def test_cut_rows_takes_rows_by_their_number():
 
 
 def test_masks_of_flash_attn_arguments():
-    assert Mask.from_window(False, (-1, -1)) == FULL
-    assert Mask.from_window(True, (-1, -1)) == CAUSAL == Mask.from_window(True, (-1, 7))
-    assert Mask.from_window(True, (5, 3)) == Mask(5, 0)
-    assert Mask.from_window(False, (5, 3)) == Mask(5, 3)
+    assert Window.from_window(False, (-1, -1)) == FULL
+    assert Window.from_window(True, (-1, -1)) == CAUSAL == Window.from_window(True, (-1, 7))
+    assert Window.from_window(True, (5, 3)) == Window(5, 0)
+    assert Window.from_window(False, (5, 3)) == Window(5, 3)
 
 
 # The usual cases are one kernel call a step.
@@ -401,7 +402,7 @@ def test_zigzag_causal_sends_three_quarters_of_a_ring(ranks):
 
 def test_a_window_needs_its_neighbour_only():
     layout = Contiguous((32,) * 4)
-    schedule = Schedule(layout, layout, Mask(left=10, right=0))
+    schedule = Schedule(layout, layout, Window(left=10, right=0))
     for rank in range(4):
         for source in range(4):
             expected = {0: ((0, 32),), 1: ((22, 32),)}.get(rank - source, ())
