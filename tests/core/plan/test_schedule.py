@@ -22,6 +22,7 @@ from nnscaler_ring.core.plan.layout import (
     Striped,
     Zigzag,
 )
+from nnscaler_ring.core.plan.masks import mask_of
 from nnscaler_ring.core.plan.schedule import (
     CAUSAL,
     FULL,
@@ -36,6 +37,7 @@ from nnscaler_ring.core.plan.schedule import (
 from nnscaler_ring.core.plan.tile import UNBOUNDED, KernelCall, Tile, batched, trim
 from tests.core.plan.test_layout import tokens_of_layout
 from tests.core.plan.test_tile import assert_trimmed
+from tests.masks import random_mask
 from tests.oracle import random_cu_seqlens, visible
 
 WINDOWS = (
@@ -78,18 +80,23 @@ class Problem:
 
 
 def dense_problem(
-    q_name: str, k_name: str, lens: Sequence[int], causal: bool, window: tuple[int, int]
+    q_name: str,
+    k_name: str,
+    lens: Sequence[int],
+    causal: bool,
+    window: tuple[int, int],
+    mask: str | None = None,
 ) -> Problem:
     return Problem(
         Schedule(
             LAYOUTS[q_name].for_shards(lens),
             LAYOUTS[k_name].for_shards(lens),
-            Window.from_window(causal, window),
+            mask_of(mask) if mask else Window.from_window(causal, window),
         ),
         tokens_of_layout(q_name, lens),
         tokens_of_layout(k_name, lens),
-        {"causal": causal, "window_size": window},
-        f"{q_name} queries, {k_name} keys, {lens}, {causal=}, {window=}",
+        {"causal": causal, "window_size": window, "mask": mask},
+        f"{q_name} queries, {k_name} keys, {lens}, {causal=}, {window=}, {mask=}",
     )
 
 
@@ -102,17 +109,24 @@ def packed_problem(
     cu_k: tuple[int, ...],
     causal: bool,
     window: tuple[int, int],
+    mask: str | None = None,
 ) -> Problem:
     return Problem(
         Schedule(
             PackedDocuments(LAYOUTS[q_name].for_shards(lens, cu), cu, cu_k),
             PackedDocuments(LAYOUTS[k_name].for_shards(lens_k, cu_k), cu_k, cu_k),
-            Window.from_window(causal, window),
+            mask_of(mask) if mask else Window.from_window(causal, window),
         ),
         tokens_of_layout(q_name, lens, cu),
         tokens_of_layout(k_name, lens_k, cu_k),
-        {"causal": causal, "window_size": window, "cu_seqlens_q": cu, "cu_seqlens_k": cu_k},
-        f"{q_name} {lens} {cu}, {k_name} {lens_k} {cu_k}, {causal=}, {window=}",
+        {
+            "causal": causal,
+            "window_size": window,
+            "mask": mask,
+            "cu_seqlens_q": cu,
+            "cu_seqlens_k": cu_k,
+        },
+        f"{q_name} {lens} {cu}, {k_name} {lens_k} {cu_k}, {causal=}, {window=}, {mask=}",
     )
 
 
@@ -128,8 +142,12 @@ def random_problems(seed: int, count: int, *, longest: int = 8) -> Iterator[Prob
         q_name = rng.choice(list(LAYOUTS))
         k_name = rng.choice((q_name, *LAYOUTS))
         causal, window = rng.choice(WINDOWS)
-        if rng.random() < 0.4:
-            yield dense_problem(q_name, k_name, lens, causal, window)
+        dense = rng.random() < 0.4
+        mask = None
+        if rng.random() < 0.5:
+            mask = random_mask(rng, sum(lens), packed=not dense).text
+        if dense:
+            yield dense_problem(q_name, k_name, lens, causal, window, mask)
             continue
         if rng.random() < 0.5:
             lens_k = lens
@@ -138,7 +156,7 @@ def random_problems(seed: int, count: int, *, longest: int = 8) -> Iterator[Prob
         cu_k = tuple(random_cu_seqlens(rng, sum(lens_k), documents).tolist())
         if lens_k == lens and rng.random() < 0.6:
             cu_k = cu
-        yield packed_problem(q_name, k_name, lens, lens_k, cu, cu_k, causal, window)
+        yield packed_problem(q_name, k_name, lens, lens_k, cu, cu_k, causal, window, mask)
 
 
 def paint(tiles: Iterable[Tile], rows: int, keys: int) -> Tensor:
