@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from numbers import Integral, Real
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor
 from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.kernels import KERNELS, WHOLE_OPS
 from nnscaler_ring.core.plan.dilation import GROUPINGS, HeadOffsets
-from nnscaler_ring.core.plan.masks import Mask, Window, mask_of
+from nnscaler_ring.core.plan.masks import Mask, Window
+from nnscaler_ring.core.plan.masks.window import sides_of, window_text
 from nnscaler_ring.core.scores.dropout import DropoutSeed
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -67,12 +67,12 @@ def check_mask(
 
     `causal_default`: what the public function has where causal is left out.
     """
-    window = check_window(causal, window_size)
+    left, right = _check_sides(causal, window_size)
     if mask is None:
-        return window.text
-    if not isinstance(mask, Mask | str):
+        return window_text(left, right)
+    if not isinstance(mask, (Mask, str)):
         raise TypeError(
-            f"mask must be a mask such as nnscaler_ring.masks.Chunks(8192), its text, or None, got "
+            "mask must be a mask such as nnscaler_ring.masks.Chunks(8192), its text, or None, got "
             f"{type(mask).__name__}."
         )
     if causal is not causal_default or tuple(window_size) != (-1, -1):
@@ -81,17 +81,16 @@ def check_mask(
             f"mask={mask}, causal={causal}, window_size={tuple(window_size)}; the mask says "
             "all: leave both out, and combine masks with & or |."
         )
-    return _mask_text(mask) if isinstance(mask, str) else mask.text
-
-
-@lru_cache(maxsize=256)
-def _mask_text(text: str) -> str:
-    """The text of the same mask as the mask itself has it."""
-    return mask_of(text).text
+    return mask if isinstance(mask, str) else mask.text
 
 
 def check_window(causal: bool, window_size: tuple[int, int]) -> Window:
     """The mask of `causal` and `window_size`."""
+    return Window(*_check_sides(causal, window_size))
+
+
+def _check_sides(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    """How far a query sees to the left and to the right, UNBOUNDED for all the way."""
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False, got {causal!r}.")
     if not isinstance(window_size, Sequence) or not all(_is_int(side) for side in window_size):
@@ -102,13 +101,7 @@ def check_window(causal: bool, window_size: tuple[int, int]) -> Window:
         raise ValueError(
             f"window_size entries must be -1 or >= 0, got {window_size}; use -1 for unbounded."
         )
-    left, right = window_size
-    return _window(causal, int(left), int(right))
-
-
-@lru_cache(maxsize=256)
-def _window(causal: bool, left: int, right: int) -> Window:
-    return Window.from_window(causal, (left, right))
+    return sides_of(causal, (int(window_size[0]), int(window_size[1])))
 
 
 def check_scale(softmax_scale: float | None, head_dim: int) -> float:

@@ -143,6 +143,11 @@ DIFFERENT = {
         given(window_size=(3, 1)),
         (".*window_size.*", r"Window\(right=0\)", r"Window\(left=3, right=0\)"),
     ),
+    "mask": Case(
+        RING,
+        given(mask="Chunks(3)"),
+        (".*causal, window_size or mask.*", r"Window\(right=0\)", r"Chunks\(size=3\)"),
+    ),
     "softmax_scale": Case(RING, given(softmax_scale=0.5), ("softmax_scale", "0.35[0-9]*", "0.5")),
     "exchange": Case(RING, given(exchange="ring"), ("exchange", "direct", "ring")),
     "kernel": Case(RING, given(kernel="reference"), ("kernel", "auto", "reference")),

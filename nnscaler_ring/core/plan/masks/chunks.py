@@ -23,8 +23,8 @@ class Chunks(Mask):
 
     size: int
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "size", integer("size of Chunks", self.size, 1))
+    def checked(self) -> dict[str, Any]:
+        return {"size": integer("size of Chunks", self.size, 1)}
 
     def bands(self, q: Span, k: Span) -> Iterable[Band]:
         q0, q1, k0, k1, _, _ = reach(q, k)

@@ -9,8 +9,7 @@ Note [Positions]
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from operator import index
 from typing import Any, ClassVar, NamedTuple
 
@@ -93,12 +92,20 @@ class Mask:
     """Which query position sees which key position. A hashable value without tensors.
 
     A kind is a frozen dataclass of plain values with `bands` and `sees`, a name in `KINDS`. Masks
-    combine: `a & b` shows what both show, `a | b` what one of them shows. `text` is the Python
-    expression that makes the mask; `mask_of` reads it.
+    combine: `a & b` shows what both show, `a | b` what one of them shows.
     """
 
     examples: ClassVar[tuple[str, ...]] = ()
-    """Texts of a few masks of the kind, over at least 48 positions: for pictures and tests."""
+    """Texts of a few masks of the kind, over 48 positions: for pictures, tests and error texts."""
+
+    text: str = field(init=False, compare=False)
+    """The Python expression that makes the mask, on one line; `mask_of` reads it."""
+
+    def __post_init__(self) -> None:
+        for name, value in self.checked().items():
+            object.__setattr__(self, name, value)
+        # Made once: torch.compile can read it, and a list of rectangles is long.
+        object.__setattr__(self, "text", repr(self))
 
     def bands(self, q: Span, k: Span) -> Iterable[Band]:
         """Disjoint bands that hold the visible pairs of two spans of one document, and perhaps
@@ -113,6 +120,14 @@ class Mask:
         """
         raise NotImplementedError
 
+    def checked(self) -> dict[str, Any]:
+        """Fields as they are to be kept: plain ints, tuples and masks.
+
+        Raises:
+            TypeError, ValueError: a wrong value.
+        """
+        return {}
+
     def check(self, lengths: Sequence[tuple[int, int]]) -> None:
         """Whether the mask fits documents of so many (queries, keys).
 
@@ -120,16 +135,11 @@ class Mask:
             ValueError: it speaks of positions or documents that there are not.
         """
 
-    @cached_property
-    def text(self) -> str:
-        """The mask as text, on one line."""
-        return repr(self)
-
     def __repr__(self) -> str:
         values = (
             f"{name}={getattr(self, name)!r}"
-            for name, field in self.__dataclass_fields__.items()
-            if getattr(self, name) != field.default
+            for name, its in self.__dataclass_fields__.items()
+            if its.init and getattr(self, name) != its.default
         )
         return f"{type(self).__name__}({', '.join(values)})"
 

@@ -34,9 +34,8 @@ class Documents(Mask):
     cu_seqlens: Sequence[int]
     mask: Mask = CAUSAL
 
-    def __post_init__(self) -> None:
+    def checked(self) -> dict[str, Any]:
         edges = tuple(integer("cu_seqlens of Documents", edge) for edge in self.cu_seqlens)
-        object.__setattr__(self, "cu_seqlens", edges)
         if not isinstance(self.mask, Mask):
             raise TypeError(f"mask of Documents must be a mask, got {self.mask!r}.")
         if len(edges) < 2 or edges[0] != 0 or list(edges) != sorted(edges):
@@ -44,6 +43,7 @@ class Documents(Mask):
                 f"cu_seqlens of Documents must start at 0 and never fall, got {list(edges)}; it is "
                 "0 and then the end of every document."
             )
+        return {"cu_seqlens": edges}
 
     def bands(self, q: Span, k: Span) -> Iterable[Band]:
         edges = self.cu_seqlens

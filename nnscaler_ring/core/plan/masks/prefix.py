@@ -25,14 +25,11 @@ class Prefix(Mask):
 
     length: int | Sequence[int]
 
-    def __post_init__(self) -> None:
+    def checked(self) -> dict[str, Any]:
         name, given = "length of Prefix", self.length
-        length: int | tuple[int, ...]
         if isinstance(given, Sequence):
-            length = tuple(integer(name, some) for some in given)
-        else:
-            length = integer(name, given)
-        object.__setattr__(self, "length", length)
+            return {"length": tuple(integer(name, some) for some in given)}
+        return {"length": integer(name, given)}
 
     def bands(self, q: Span, k: Span) -> Iterable[Band]:
         length = self._of(q.document)

@@ -57,8 +57,8 @@ class Rectangles(Mask):
 
     rectangles: Sequence[Sequence[Any]]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rectangles", tuple(_checked(some) for some in self.rectangles))
+    def checked(self) -> dict[str, Any]:
+        return {"rectangles": tuple(_checked(some) for some in self.rectangles)}
 
     def bands(self, q: Span, k: Span) -> Iterable[Band]:
         box = reach(q, k)

@@ -30,24 +30,45 @@ class Window(Mask):
     left: int = UNBOUNDED
     right: int = UNBOUNDED
 
-    def __post_init__(self) -> None:
-        for side in ("left", "right"):
-            if (distance := getattr(self, side)) == -1:
-                raise ValueError(f"{side} of Window must be >= 0, got -1; leave it out: unbounded.")
-            distance = integer(f"{side} of Window", distance)
-            object.__setattr__(self, side, min(distance, UNBOUNDED))
+    def checked(self) -> dict[str, Any]:
+        for name in ("left", "right"):
+            if getattr(self, name) == -1:
+                raise ValueError(f"{name} of Window must be >= 0, got -1; leave it out: unbounded.")
+        return {
+            name: min(integer(f"{name} of Window", getattr(self, name)), UNBOUNDED)
+            for name in ("left", "right")
+        }
 
     @classmethod
     def from_window(cls, causal: bool, window_size: tuple[int, int]) -> Window:
-        """flash-attn's arguments: -1 is unbounded; `causal` caps the right side at 0."""
-        left, right = (UNBOUNDED if side == -1 else side for side in window_size)
-        return cls(left, min(right, 0) if causal else right)
+        """Of flash-attn's arguments."""
+        return cls(*sides_of(causal, window_size))
 
     def bands(self, q: Span, k: Span) -> Iterable[Band]:
         return (Band(lo=-self.left, hi=self.right),)
 
     def sees(self, query: Any, key: Any, document: int = 0) -> Any:
         return (key >= query - self.left) & (key <= query + self.right)
+
+    def __repr__(self) -> str:
+        return window_text(self.left, self.right)
+
+
+def sides_of(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    """left and right of flash-attn's arguments: -1 is unbounded; `causal` caps the right at 0."""
+    left, right = window_size
+    return (
+        UNBOUNDED if left == -1 else min(left, UNBOUNDED),
+        0 if causal else UNBOUNDED if right == -1 else min(right, UNBOUNDED),
+    )
+
+
+def window_text(left: int, right: int) -> str:
+    """The text of `Window(left, right)`, without making one."""
+    sides = [] if left == UNBOUNDED else [f"left={left}"]
+    if right != UNBOUNDED:
+        sides.append(f"right={right}")
+    return f"Window({', '.join(sides)})"
 
 
 CAUSAL = Window(right=0)
