@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from nnscaler_ring.core.exchange import EXCHANGES
+from nnscaler_ring.core.exchange import EXCHANGES, USUAL, Cut, Program
 from nnscaler_ring.core.op.checks import check_cu_seqlens_values, check_shard_lens
 from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments, SequenceLayout
 from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, Rows, Schedule
@@ -77,6 +77,10 @@ class SimulatedCall:
         held = self._layout(self.q_layout)
         keys = held if self.k_layout is None else self._layout(self.k_layout)
         return Schedule(held, keys, self.mask)
+
+    def program(self, rank: int, cut: Cut = USUAL) -> Program:
+        """What a rank's exchange does."""
+        return EXCHANGES[self.exchange].program(self.schedule, rank, cut)
 
     def tokens_of(self, layout: SequenceLayout, rank: int, rows: Rows | None = None) -> Tensor:
         """Where in the whole sequence some of a rank's rows stand: int64 [rows]; None: all."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
+from nnscaler_ring.core.exchange import Performance
 from nnscaler_ring.core.kernels import BackwardTensors
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.plan.layout import LAYOUTS
@@ -28,7 +29,7 @@ from nnscaler_ring.core.scores.scores import Scores
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
 from tests.core.plan.test_layout import random_lens, tokens_of_layout
 from tests.core.plan.test_schedule import Problem, random_problems
-from tests.core.test_exchange import assert_rows_equal, dense_results, engine_inputs, plan_of
+from tests.core.test_exchange import assert_rows_equal, dense_results, engine_inputs, program_of
 
 SECONDS = 20
 """After which a rank that waits for a message is stuck."""
@@ -115,13 +116,13 @@ def both_passes(problem: Problem, seed: int, name: str, keys: int) -> list[list[
             x[:, (problem.q_tokens if n in (0, 3) else problem.k_tokens)[block]]
             for n, x in enumerate(inputs)
         )
-        plan = plan_of(name, problem, block, keys)
+        program = program_of(name, problem, block, keys)
         options: dict[str, Any] = {"kernel": Reference(), "scores": Scores(0.4)}
-        out, lse = attention_forward(q, k, v, exchange=plan.start(transport), **options)
+        out, lse = attention_forward(q, k, v, exchange=Performance(program, transport), **options)
         tensors = BackwardTensors(dout, None, q, k, v, out, lse)
         gradients = attention_backward(
             tensors,
-            exchange=plan.start(transport),
+            exchange=Performance(program, transport),
             **options,
         )
         return [out, lse, *gradients[:3]]

@@ -161,10 +161,8 @@ def test_sent_bytes_are_what_the_plan_predicts(exchange: str) -> None:
     sizes = Sizes(4, 2, 8, 6, "bfloat16", batch=2)
     call = SimulatedCall(61, 4, sizes, CAUSAL, "zigzag", exchange=exchange)
     results = RingAttentionSimulator(call, GeneratedInputs(sizes)).all_ranks(backward=True)
-    from nnscaler_ring.simulator.stand_in import exchange_plan
-
     for rank, sent in enumerate(results.sent):
-        predicted = sizes.sent_bytes(exchange_plan(exchange, call.schedule, rank).sent())
+        predicted = sizes.sent_bytes(call.program(rank).sent())
         assert sent.forward_kv_bytes == predicted.forward_kv_bytes
         assert sent.backward_kv_bytes == predicted.backward_kv_bytes
         assert sent.gradient_bytes == predicted.gradient_bytes

@@ -10,7 +10,7 @@ from zlib import crc32
 
 import torch
 
-from nnscaler_ring.core.exchange import EXCHANGES, ExchangePlan
+from nnscaler_ring.core.exchange import EXCHANGES, Program
 from nnscaler_ring.core.op.checks import check_cu_seqlens_values
 from nnscaler_ring.core.op.documents import Documents, cu_seqlens_of
 from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments, SequenceLayout
@@ -88,7 +88,7 @@ class Plan:
     """
 
     schedule: Schedule
-    exchange: ExchangePlan
+    program: Program
     moves_in: Moves | None
     moves_out: Moves | None
     tag: int
@@ -130,8 +130,8 @@ def plan_call(call: Call, block: int) -> Plan:
     mask = mask_of(call.mask)
     mask.check(_lengths(cu_q, cu_k, call))
     schedule = Schedule(queries, keys, mask)
-    exchange = EXCHANGES[call.exchange](schedule, block)
-    return Plan(schedule, exchange, moves_in, moves_out, tag_of(call))
+    program = EXCHANGES[call.exchange].program(schedule, block)
+    return Plan(schedule, program, moves_in, moves_out, tag_of(call))
 
 
 @lru_cache(maxsize=256)

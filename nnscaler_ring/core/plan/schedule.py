@@ -35,6 +35,9 @@ __all__ = [
 Rows = tuple[tuple[int, int], ...]
 """Runs `[start, stop)` of rows, ascending, not touching."""
 
+KeyRows = tuple[tuple[int, int, int], ...]
+"""Rows `[start, stop)` of a source's shard, as (source, start, stop), one after another."""
+
 
 class Schedule:
     """Which tiles a rank computes, and which key rows it needs for them.

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.plan.schedule import Schedule
+from nnscaler_ring.core.plan.schedule import KeyRows, Schedule
 from nnscaler_ring.core.plan.span import SequenceLayout
 from nnscaler_ring.core.token_index import token_index
-
-KeyRows = Sequence[tuple[int, int, int]]
-"""Rows `[start, stop)` of a source's shard, as (source, start, stop), one after another."""
 
 
 class Coordinates(NamedTuple):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.exchange import DirectPlan
+from nnscaler_ring.core.exchange import Cut
+from nnscaler_ring.core.exchange.direct import direct
 from nnscaler_ring.core.plan import schedule as schedule_module
 from nnscaler_ring.core.plan import tile as tile_module
 from nnscaler_ring.core.plan.layout import (
@@ -487,7 +488,7 @@ def test_planning_grows_with_ranks_and_documents_per_rank(counters, name, tokens
     ranks = 64
     schedule = million_token_schedule(name, tokens=tokens, documents=documents)
     spans = len(schedule.q_layout.spans(rank))
-    DirectPlan(schedule, rank, tokens // ranks // 4, tokens // ranks // 8)
+    direct(schedule, rank, Cut(tokens // ranks // 4, tokens // ranks // 8))
     calls = {what: counter.calls for what, counter in counters.items()}
     for what, count in calls.items():
         assert 0 < count <= 2 * (spans + ranks), (what, calls, spans)
