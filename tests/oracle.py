@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnscaler_ring.masks import mask_of
+from nnscaler_ring.masks import Mask, mask_of
 from tests.masks import shown
 
 Bounds = Tensor | Sequence[int]
@@ -24,7 +24,7 @@ def visible(
     *,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
-    mask: str | None = None,
+    mask: Mask | str | None = None,
     cu_seqlens_q: Bounds | None = None,
     cu_seqlens_k: Bounds | None = None,
 ) -> Tensor:
@@ -32,7 +32,7 @@ def visible(
 
     In a document of lq queries and lk keys, query i sees key j iff
     i + lk - lq - left <= j <= i + lk - lq + right; an edge of -1 does not cut, and causal caps
-    right at 0. Without cu_seqlens everything is one document. `mask`, a mask's text, takes the
+    right at 0. Without cu_seqlens everything is one document. `mask`, a mask or its text, takes the
     place of causal and window_size.
     """
     left, right = window_size
@@ -52,7 +52,8 @@ def visible(
         key = torch.arange(k1 - k0)[None, :]
         block = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
         if mask is not None:
-            block = shown(mask_of(mask), position, key, document)
+            its = mask_of(mask) if isinstance(mask, str) else mask
+            block = shown(its, position, key, document)
         elif left >= 0:
             block &= key >= position - left
         if mask is None and right >= 0:
@@ -127,7 +128,7 @@ def dense_attention(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
-    mask: str | None = None,
+    mask: Mask | str | None = None,
     cu_seqlens_q: Bounds | None = None,
     cu_seqlens_k: Bounds | None = None,
     mods: Mods = Mods(),

@@ -38,7 +38,7 @@ from nnscaler_ring.core.plan.schedule import (
 from nnscaler_ring.core.plan.tile import UNBOUNDED, KernelCall, Tile, batched, trim
 from tests.core.plan.test_layout import tokens_of_layout
 from tests.core.plan.test_tile import assert_trimmed
-from tests.masks import random_mask
+from tests.masks import examples, random_mask
 from tests.oracle import random_cu_seqlens, visible
 
 WINDOWS = (
@@ -246,6 +246,18 @@ def test_every_visible_pair_is_in_exactly_one_tile():
             for source in problem.ranks:
                 tiles = problem.schedule.tiles(rank, (source,))
                 expected = problem.block(rank, [source])
+                assert torch.equal(paint(tiles, *expected.shape), expected.int()), problem.what
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_examples_of_every_kind_of_mask_are_painted(name):
+    """A new kind of mask is here by itself."""
+    for mask in examples():
+        for lens in ([12] * 4, [48], [5, 0, 23, 20]):
+            problem = dense_problem(name, name, lens, False, (-1, -1), mask.text)
+            for rank in problem.ranks:
+                tiles = problem.schedule.tiles(rank, list(problem.ranks))
+                expected = problem.block(rank, problem.ranks)
                 assert torch.equal(paint(tiles, *expected.shape), expected.int()), problem.what
 
 
