@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from nnscaler_ring.core.op.attention import context_parallel_attention
-from nnscaler_ring.core.op.checks import check_varlen_layout
-from nnscaler_ring.core.ranks.agreement import refusing_together
-from nnscaler_ring.core.ranks.groups import group_string
 
 if TYPE_CHECKING:
+    from nnscaler_ring.core.plan.masks import Mask
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
     from nnscaler_ring.core.scores.dropout import DropoutSeed
+
+LAYOUTS_OF_VARLEN = {
+    "contiguous": ("contiguous", "contiguous"),
+    "folded": ("folded", "folded"),
+    "contiguous, folded": ("contiguous", "folded"),
+}
+"""`layout`: the layouts, of `LAYOUTS`, in which the caller holds the rows and they are computed."""
 
 
 def wrap_ring_attn_varlen_func(
@@ -42,6 +47,7 @@ def wrap_ring_attn_varlen_func(
     exchange: str = "direct",
     kernel: str = "auto",
     layout: str = "contiguous",
+    mask: Mask | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention within documents that are packed one after another over all ranks.
 
@@ -63,7 +69,8 @@ def wrap_ring_attn_varlen_func(
         shard_lens: query tokens of every block where they differ.
         shard_lens_k: key tokens of every block; None: as the queries' if the totals are equal, else
             all equal.
-
+        mask: as in `wrap_ring_attn_func`; positions count in each document, where the last query
+            stands at the last key's.
         layout: who holds and computes which rows. "contiguous": contiguous shards; a rank's work
             is as its documents fall. "folded": every rank computes as many tokens and, when causal,
             as many pairs as any other, and passes and gets the rows that `packed_rows` names; see
@@ -75,11 +82,8 @@ def wrap_ring_attn_varlen_func(
         [num_heads, tokens]. A query whose document has no visible key gets 0 and -inf
         (the sink's logit).
     """
-    op = "wrap_ring_attn_varlen_func"
-    with refusing_together(group_string(process_group), op):
-        caller_layout, compute_layout = check_varlen_layout(layout)
     return context_parallel_attention(
-        op,
+        "wrap_ring_attn_varlen_func",
         q,
         k,
         v,
@@ -88,6 +92,7 @@ def wrap_ring_attn_varlen_func(
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
+        mask=mask,
         process_group=process_group,
         return_lse=return_lse,
         shard_lens=shard_lens,
@@ -102,7 +107,7 @@ def wrap_ring_attn_varlen_func(
         softcap=softcap,
         sinks=sinks,
         dropout_seed=dropout_seed,
-        caller_layout=caller_layout,
-        compute_layout=compute_layout,
+        layout=layout,
+        layouts=LAYOUTS_OF_VARLEN,
         packed=True,
     )

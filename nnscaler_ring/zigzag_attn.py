@@ -14,7 +14,6 @@ from nnscaler_ring.core.op.checks import (
     check_own_length,
     check_shard_lens,
     check_total,
-    check_zigzag_layout,
 )
 from nnscaler_ring.core.op.relayout_op import relayout_op
 from nnscaler_ring.core.plan.layout import LAYOUTS, Zigzag
@@ -23,8 +22,12 @@ from nnscaler_ring.core.ranks.groups import find_place, group_string
 from nnscaler_ring.core.token_index import token_index
 
 if TYPE_CHECKING:
+    from nnscaler_ring.core.plan.masks import Mask
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
     from nnscaler_ring.core.scores.dropout import DropoutSeed
+
+LAYOUTS_OF_ZIGZAG = {"contiguous": ("contiguous", "zigzag"), "zigzag": ("zigzag", "zigzag")}
+"""`layout`: the layouts, of `LAYOUTS`, in which the caller holds the rows and they are computed."""
 
 
 def wrap_zigzag_attn_func(
@@ -49,6 +52,7 @@ def wrap_zigzag_attn_func(
     exchange: str = "direct",
     kernel: str = "auto",
     layout: str = "contiguous",
+    mask: Mask | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention where rank r computes chunks r and 2N-1-r of 2N: balanced when causal.
 
@@ -64,17 +68,15 @@ def wrap_zigzag_attn_func(
 
     Source: zhuzilin, "ring-flash-attention"; Llama 3 report, arXiv 2407.21783, section 3.3.2.
     """
-    op = "wrap_zigzag_attn_func"
-    with refusing_together(group_string(process_group), op):
-        check_zigzag_layout(layout)
     return context_parallel_attention(
-        op,
+        "wrap_zigzag_attn_func",
         q,
         k,
         v,
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
+        mask=mask,
         process_group=process_group,
         return_lse=return_lse,
         shard_lens=shard_lens,
@@ -88,8 +90,8 @@ def wrap_zigzag_attn_func(
         softcap=softcap,
         sinks=sinks,
         dropout_seed=dropout_seed,
-        caller_layout=layout,
-        compute_layout="zigzag",
+        layout=layout,
+        layouts=LAYOUTS_OF_ZIGZAG,
     )
 
 

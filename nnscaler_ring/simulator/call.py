@@ -23,7 +23,7 @@ class SimulatedCall:
     Args:
         tokens: of the whole sequence.
         sizes: heads, head dims, batch and dtype.
-        mask: in tokens; `Mask.from_window(causal, window_size)` takes the public arguments.
+        mask: in tokens; `Window.from_window(causal, window_size)` takes the public arguments.
         q_layout: how queries are spread over the ranks: a name in `LAYOUTS`, or any layout.
         k_layout: likewise for keys and values; None: as the queries.
         exchange: a name in `EXCHANGES`.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.plan.layout import LAYOUTS
-from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Mask
+from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Window
 from nnscaler_ring.core.token_index import token_index
 from nnscaler_ring.simulator import (
     GeneratedInputs,
@@ -44,7 +44,7 @@ def simulated(case: Case, dtype: str) -> RingAttentionSimulator:
         tokens=q.shape[1],
         ranks=case.world_size,
         sizes=sizes,
-        mask=Mask.from_window(case.causal, case.window_size),
+        mask=Window.from_window(case.causal, case.window_size),
         q_layout=q_layout,
         k_layout=k_layout,
         exchange=case.exchange,
@@ -128,7 +128,7 @@ def test_many_ranks_equal_dense_attention(ranks: int, exchange: str) -> None:
     for q_layout, mask, window in (
         ("zigzag", CAUSAL, (-1, 0)),
         ("contiguous", FULL, (-1, -1)),
-        ("striped", Mask(left=rng.randint(5, 40), right=0), None),
+        ("striped", Window(left=rng.randint(5, 40), right=0), None),
     ):
         window = window or (mask.left, 0)
         call = SimulatedCall(

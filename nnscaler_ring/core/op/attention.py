@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +21,10 @@ from nnscaler_ring.core.scores.dropout import DropoutSeed, seed_tensor
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.plan.dilation import HeadOffsets
+    from nnscaler_ring.core.plan.masks import Mask
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
+
+CONTIGUOUS = {"contiguous": ("contiguous", "contiguous")}
 
 
 def context_parallel_attention(
@@ -35,6 +38,7 @@ def context_parallel_attention(
     softmax_scale: float | None,
     causal: bool,
     window_size: tuple[int, int],
+    mask: Mask | str | None,
     process_group: ProcessGroupLike | None,
     return_lse: bool,
     shard_lens: Sequence[int] | None,
@@ -49,18 +53,19 @@ def context_parallel_attention(
     softcap: float,
     sinks: Tensor | None,
     dropout_seed: int | DropoutSeed | None,
-    caller_layout: str = "contiguous",
-    compute_layout: str = "contiguous",
+    layout: str = "contiguous",
+    layouts: Mapping[str, tuple[str, str]] = CONTIGUOUS,
     packed: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention over a sequence that is sharded over the ranks of a group.
 
     The public functions document the arguments; beside those it takes the public function's name
-    and the layouts, names in `LAYOUTS`: the caller holds q, k and v in `caller_layout`; where
-    `compute_layout` is another, rows move there and the result's back.
+    and its `layouts`: by the words that `layout` may be, two names in `LAYOUTS`. The caller holds
+    q, k and v in the first; where the second is another, rows move there and the result's back.
     """
     group = group_string(process_group)
     with refusing_together(group, op):
+        caller_layout, compute_layout = checks.check_layout(layout, layouts)
         checks.check_choices(
             exchange=exchange,
             kernel=kernel,
@@ -69,7 +74,7 @@ def context_parallel_attention(
             return_attn_probs=return_attn_probs,
         )
         checks.check_qkv(q, k, v, packed=packed)
-        mask = checks.check_mask(causal, window_size)
+        mask_text = checks.check_mask(mask, causal, window_size, causal_default=not packed)
         scale = checks.check_scale(softmax_scale, q.shape[-1])
         softcap = checks.check_softcap(softcap)
         checks.check_alibi_slopes(alibi_slopes, q)
@@ -96,8 +101,7 @@ def context_parallel_attention(
         compute_layout=caller_layout if group == ALONE else compute_layout,
         compute_len=compute_len,
         softmax_scale=scale,
-        left=mask.left,
-        right=mask.right,
+        mask=mask_text,
         softcap=softcap,
         bias_gradient=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
         dropout_p=dropout_p,
@@ -149,7 +153,7 @@ def dilated_attention(
             return_attn_probs=False,
         )
         checks.check_qkv(q, k, v, packed=False)
-        checks.check_mask(causal, (-1, -1))
+        checks.check_window(causal, (-1, -1))
         scale = checks.check_scale(softmax_scale, q.shape[-1])
         segments, rates = checks.check_branches(segment_lengths, dilation_rates)
         offsets = checks.check_head_offsets(head_offsets, k.shape[-2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from operator import sub
 from typing import Any
 from zlib import crc32
 
@@ -13,8 +14,9 @@ from nnscaler_ring.core.exchange import EXCHANGES, Program
 from nnscaler_ring.core.op.checks import check_cu_seqlens_values
 from nnscaler_ring.core.op.documents import Documents, cu_seqlens_of
 from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments, SequenceLayout
+from nnscaler_ring.core.plan.masks import mask_of
 from nnscaler_ring.core.plan.moves import Moves, plan_moves
-from nnscaler_ring.core.plan.schedule import Mask, Schedule
+from nnscaler_ring.core.plan.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Call:
     dtype: torch.dtype
     device_type: str
     softmax_scale: float
-    mask: Mask
+    mask: str
     softcap: float
     alibi_slopes: tuple[int, ...] | None
     bias: tuple[object, ...] | None
@@ -131,7 +133,9 @@ def plan_call(call: Call, block: int) -> Plan:
     if cu_q is not None and cu_k is not None:
         queries = PackedDocuments(queries, cu_q, cu_k)
         keys = PackedDocuments(keys, cu_k, cu_k)
-    schedule = Schedule(queries, keys, call.mask)
+    mask = mask_of(call.mask)
+    mask.check(_lengths(cu_q, cu_k, call))
+    schedule = Schedule(queries, keys, mask)
     program = EXCHANGES[call.exchange].program(schedule, block)
     return Plan(schedule, program, moves_in, moves_out, tag_of(call))
 
@@ -157,6 +161,16 @@ def tag_of(call: object) -> int:
     """A number that is the same on all ranks of a call."""
     # Python's own hash differs from process to process.
     return crc32(repr(call).encode())
+
+
+def _lengths(
+    cu_q: tuple[int, ...] | None, cu_k: tuple[int, ...] | None, call: Call
+) -> list[tuple[int, int]]:
+    """(queries, keys) of every document."""
+    if cu_q is None or cu_k is None:
+        return [(sum(call.shard_lens), sum(call.shard_lens_k))]
+    lens_q, lens_k = (map(sub, cu[1:], cu) for cu in (cu_q, cu_k))
+    return list(zip(lens_q, lens_k, strict=True))
 
 
 def _check_layout(name: str, argument: str, layout: SequenceLayout, lens: tuple[int, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -13,8 +13,8 @@ from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.kernels import KERNELS, WHOLE_OPS
 from nnscaler_ring.core.op.taken_tensors import check_taken, warn_of_heads_first
 from nnscaler_ring.core.plan.dilation import GROUPINGS, HeadOffsets
-from nnscaler_ring.core.plan.schedule import Mask
-from nnscaler_ring.core.plan.tile import UNBOUNDED
+from nnscaler_ring.core.plan.masks import Mask, Window
+from nnscaler_ring.core.plan.masks.window import sides_of, window_text
 from nnscaler_ring.core.scores.dropout import DropoutSeed
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -63,8 +63,37 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> None:
     warn_of_heads_first(q)
 
 
-def check_mask(causal: bool, window_size: tuple[int, int]) -> Mask:
+def check_mask(
+    mask: Mask | str | None, causal: bool, window_size: tuple[int, int], *, causal_default: bool
+) -> str:
+    """The text of the mask: of `mask`, or of `causal` and `window_size`.
+
+    `causal_default`: what the public function has where causal is left out.
+    """
+    left, right = _check_sides(causal, window_size)
+    if mask is None:
+        return window_text(left, right)
+    if not isinstance(mask, (Mask, str)):
+        raise TypeError(
+            "mask must be a mask such as nnscaler_ring.masks.Chunks(8192), its text, or None, got "
+            f"{type(mask).__name__}."
+        )
+    if causal is not causal_default or tuple(window_size) != (-1, -1):
+        raise ValueError(
+            "mask must be None where causal or window_size is given, got "
+            f"mask={mask}, causal={causal}, window_size={tuple(window_size)}; the mask says "
+            "all: leave both out, and combine masks with & or |."
+        )
+    return mask if isinstance(mask, str) else mask.text
+
+
+def check_window(causal: bool, window_size: tuple[int, int]) -> Window:
     """The mask of `causal` and `window_size`."""
+    return Window(*_check_sides(causal, window_size))
+
+
+def _check_sides(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    """How far a query sees to the left and to the right, UNBOUNDED for all the way."""
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False, got {causal!r}.")
     if not isinstance(window_size, Sequence) or not all(_is_int(side) for side in window_size):
@@ -75,8 +104,8 @@ def check_mask(causal: bool, window_size: tuple[int, int]) -> Mask:
         raise ValueError(
             f"window_size entries must be -1 or >= 0, got {window_size}; use -1 for unbounded."
         )
-    left, right = (min(_as_int(side), UNBOUNDED) for side in window_size)
-    return Mask.from_window(causal, (left, right))
+    left, right = (_as_int(side) for side in window_size)
+    return sides_of(causal, (left, right))
 
 
 def check_scale(softmax_scale: float | None, head_dim: int) -> float:
@@ -250,34 +279,18 @@ def check_own_length(name: str, lens: Sequence[int], block: int, tokens: int) ->
         )
 
 
-VARLEN_LAYOUTS = {
-    "contiguous": ("contiguous", "contiguous"),
-    "folded": ("folded", "folded"),
-    "contiguous, folded": ("contiguous", "folded"),
-}
-"""`layout` of `wrap_ring_attn_varlen_func`: how rows are held by the caller, and computed."""
-
-
-def check_varlen_layout(layout: str) -> tuple[str, str]:
-    """The layouts in which packed rows are held and computed."""
-    if layout not in VARLEN_LAYOUTS:
-        raise ValueError(
-            f"layout must be one of {(*VARLEN_LAYOUTS,)}, got {layout!r}; the two that hold "
-            "contiguous shards need no other data loader."
-        )
-    return VARLEN_LAYOUTS[layout]
-
-
 def check_packed_layout(layout: str) -> None:
     """The layouts of packed documents that a caller may hold."""
     if layout not in ("folded", "contiguous"):
         raise ValueError(f"layout must be 'folded' or 'contiguous', got {layout!r}.")
 
 
-def check_zigzag_layout(layout: str) -> None:
-    """The layouts in which `wrap_zigzag_attn_func` takes and gives tensors."""
-    if layout not in ("contiguous", "zigzag"):
-        raise ValueError(f"layout must be 'contiguous' or 'zigzag', got {layout!r}.")
+def check_layout(layout: str, layouts: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
+    """The layouts in which an op's rows are held and computed, of the names that it takes."""
+    if not isinstance(layout, str) or layout not in layouts:
+        names = " or ".join(map(repr, layouts))
+        raise ValueError(f"layout must be {names}, got {layout!r}.")
+    return layouts[layout]
 
 
 def check_branches(

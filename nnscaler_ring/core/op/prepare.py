@@ -12,7 +12,7 @@ from nnscaler_ring.core.op.call import Call, Plan, describe, plan_call
 from nnscaler_ring.core.op.checks import check_bias_keys, check_own_length
 from nnscaler_ring.core.op.documents import documents_of, total_of
 from nnscaler_ring.core.op.options import Extras, Options
-from nnscaler_ring.core.plan.schedule import Mask
+from nnscaler_ring.core.plan.masks import mask_of
 from nnscaler_ring.core.ranks.agreement import agree, refusing_together
 from nnscaler_ring.core.ranks.groups import ALONE, Place, find_place, group_state
 from nnscaler_ring.core.ranks.transport import Transport, connect
@@ -113,7 +113,7 @@ def call_of(
         dtype=q.dtype,
         device_type=q.device.type,
         softmax_scale=options.softmax_scale,
-        mask=Mask(options.left, options.right),
+        mask=mask_of(options.mask).text,
         softcap=options.softcap,
         alibi_slopes=None if slopes is None else tuple(slopes.shape),
         bias=None if bias is None else (*bias.shape[:-2], bias.dtype),

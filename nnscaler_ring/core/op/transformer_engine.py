@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.op.documents import Documents, cu_seqlens_of
 from nnscaler_ring.core.plan.layout import SequenceLayout, Zigzag, ZigzagDocuments
-from nnscaler_ring.core.plan.schedule import CAUSAL, FULL
+from nnscaler_ring.core.plan.masks import CAUSAL, FULL
 from nnscaler_ring.core.ranks.staging import backends_of
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class TransformerEngine:
         group = place.group
         assert group is not None, place
         packed = call.cu_seqlens_q is not None
-        padding = "padding_causal" if call.mask == CAUSAL else "padding"
-        dense = "causal" if call.mask == CAUSAL else "no_mask"
+        padding = "padding_causal" if call.mask == CAUSAL.text else "padding"
+        dense = "causal" if call.mask == CAUSAL.text else "no_mask"
         module = _attention_module(
             num_attention_heads=call.num_heads,
             kv_channels=call.head_dim,
@@ -130,8 +130,11 @@ def _cannot_reach(call: Call, place: Place) -> str | None:
 
 
 def _cannot_mask(call: Call) -> str | None:
-    if call.mask not in (CAUSAL, FULL):
-        return "window_size must be (-1, -1): its p2p exchange has no windows"
+    if call.mask not in (CAUSAL.text, FULL.text):
+        return (
+            "window_size must be (-1, -1) and mask causal or full: its p2p exchange has no other "
+            f"masks, the mask is {call.mask}"
+        )
     if call.cu_seqlens_q is None and call.compute_layout != "zigzag":
         return "it computes in zigzag order: use wrap_zigzag_attn_func"
     if call.cu_seqlens_q != call.cu_seqlens_k or call.shard_lens != call.shard_lens_k:
