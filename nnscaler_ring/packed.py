@@ -9,8 +9,9 @@ from torch import Tensor
 
 from nnscaler_ring.core.op.checks import check_cu_seqlens_values, check_packed_layout
 from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments
+from nnscaler_ring.core.plan.shared_units import SharedUnits
 from nnscaler_ring.core.plan.span import even_lens
-from nnscaler_ring.core.ranks.groups import find_place, group_string
+from nnscaler_ring.core.ranks.groups import find_place, mesh_strings
 from nnscaler_ring.core.token_index import token_index
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ def packed_rows(
 
     Args:
         cu_seqlens: [documents + 1] ints or an integer tensor: where documents start and end.
-        process_group: as in `wrap_ring_attn_func`; None: all rows.
-        layout: "folded" (equal tokens and equal causal work on every rank) or "contiguous" (shards
-            that differ by at most one token; pass their lengths as `shard_lens` where they differ).
+        process_group: as in `wrap_ring_attn_func`, or a mesh of (sequence, heads), whose rows share
+            what one rank would hold; None: all rows.
+        layout: "folded" (equal tokens and equal causal work on every rank) or "contiguous". Ranks
+            differ by at most one token; where they do, the op wants `packed_shard_lens`.
 
     Returns:
         int64 [tokens of this rank], on the CPU.
@@ -66,18 +68,20 @@ def packed_shard_lens(
     cu_seqlens: Tensor | Sequence[int], process_group: ProcessGroupLike | None
 ) -> list[int]:
     """How many rows every rank holds, in block order: as even as can be, in either layout."""
-    world_size = find_place(group_string(process_group)).world_size
-    return list(even_lens(_bounds(cu_seqlens)[-1], world_size))
+    row, column = (find_place(group) for group in mesh_strings(process_group))
+    units = even_lens(_bounds(cu_seqlens)[-1], column.world_size)
+    return [length for unit in units for length in even_lens(unit, row.world_size)]
 
 
 def _packed(
     cu_seqlens: Tensor | Sequence[int], process_group: ProcessGroupLike | None, layout: str
 ) -> tuple[PackedDocuments, int]:
     check_packed_layout(layout)
-    place = find_place(group_string(process_group))
+    row, column = (find_place(group) for group in mesh_strings(process_group))
     bounds = _bounds(cu_seqlens)
-    tokens = LAYOUTS[layout].for_shards(even_lens(bounds[-1], place.world_size), bounds)
-    return PackedDocuments(tokens, bounds, bounds), place.block
+    units = LAYOUTS[layout].for_shards(even_lens(bounds[-1], column.world_size), bounds)
+    tokens = SharedUnits(units, row.world_size)
+    return PackedDocuments(tokens, bounds, bounds), column.block * row.world_size + row.block
 
 
 def _bounds(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:

@@ -17,8 +17,9 @@ from nnscaler_ring.core.op.checks import (
 )
 from nnscaler_ring.core.op.relayout_op import relayout_op
 from nnscaler_ring.core.plan.layout import LAYOUTS, Zigzag
+from nnscaler_ring.core.plan.shared_units import SharedUnits
 from nnscaler_ring.core.ranks.agreement import refusing_together
-from nnscaler_ring.core.ranks.groups import find_place, group_string
+from nnscaler_ring.core.ranks.groups import find_place, group_string, mesh_strings
 from nnscaler_ring.core.token_index import token_index
 
 if TYPE_CHECKING:
@@ -143,13 +144,16 @@ def zigzag_positions(
 
     Args:
         total_tokens: tokens over all ranks.
+        process_group: as in `wrap_ring_attn_func`, or a mesh of (sequence, heads), whose rows share
+            the two chunks that one rank would hold.
 
     Returns:
         int64 [tokens of this rank].
     """
     check_total("total_tokens", total_tokens)
-    place = find_place(group_string(process_group))
-    return token_index(Zigzag(total_tokens, place.world_size).positions(place.block), device)
+    row, column = (find_place(group) for group in mesh_strings(process_group))
+    layout = SharedUnits(Zigzag(total_tokens, column.world_size), row.world_size)
+    return token_index(layout.positions(column.block * row.world_size + row.block), device)
 
 
 def _relayout(

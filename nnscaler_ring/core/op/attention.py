@@ -11,12 +11,13 @@ from torch import Tensor
 from nnscaler_ring.core.kernels import WHOLE_OPS
 from nnscaler_ring.core.op import checks
 from nnscaler_ring.core.op.dilated_ops import DilatedOptions, dilated_attention_op
+from nnscaler_ring.core.op.mesh import check_mesh, mesh_attention
 from nnscaler_ring.core.op.ops import attention_op
 from nnscaler_ring.core.op.options import Extras, Options, arguments_of
 from nnscaler_ring.core.op.whole_call import whole_op_attention
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.ranks.agreement import refusing_together
-from nnscaler_ring.core.ranks.groups import ALONE, find_place, group_string
+from nnscaler_ring.core.ranks.groups import ALONE, find_place, group_string, mesh_strings
 from nnscaler_ring.core.scores.dropout import DropoutSeed, seed_tensor
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ def context_parallel_attention(
     and its `layouts`: by the words that `layout` may be, two names in `LAYOUTS`. The caller holds
     q, k and v in the first; where the second is another, rows move there and the result's back.
     """
-    group = group_string(process_group)
-    with refusing_together(group, op):
+    row, group = mesh_strings(process_group)
+    with refusing_together(row, op), refusing_together(group, op):
         caller_layout, compute_layout = checks.check_layout(layout, layouts)
         checks.check_choices(
             exchange=exchange,
@@ -74,6 +75,7 @@ def context_parallel_attention(
             return_attn_probs=return_attn_probs,
         )
         checks.check_qkv(q, k, v, packed=packed)
+        check_mesh(q.shape[-2], kernel, row)
         mask_text = checks.check_mask(mask, causal, window_size, causal_default=not packed)
         scale = checks.check_scale(softmax_scale, q.shape[-1])
         softcap = checks.check_softcap(softcap)
@@ -87,9 +89,10 @@ def context_parallel_attention(
         compute_len = q.shape[-3]
         if shard_lens is not None or shard_lens_k is not None:
             place = find_place(group)
-            shard_lens = checks.check_shard_lens("shard_lens", shard_lens, place.world_size)
-            shard_lens_k = checks.check_shard_lens("shard_lens_k", shard_lens_k, place.world_size)
-            if shard_lens is not None:
+            ranks = place.world_size * find_place(row).world_size
+            shard_lens = checks.check_shard_lens("shard_lens", shard_lens, ranks)
+            shard_lens_k = checks.check_shard_lens("shard_lens_k", shard_lens_k, ranks)
+            if shard_lens is not None and row == ALONE:
                 compute_len = LAYOUTS[compute_layout].for_shards(shard_lens).shard_lens[place.block]
     options = Options(
         op=op,
@@ -117,8 +120,19 @@ def context_parallel_attention(
     )
     if kernel in WHOLE_OPS:
         return whole_op_attention(q, k, v, extras, options, return_lse=return_lse)
-    out, softmax_lse, *_ = attention_op(q, k, v, *extras, *arguments_of(options))
+    if row == ALONE:
+        out, softmax_lse = _attend(q, k, v, extras, options)
+    else:
+        with refusing_together(group, op):
+            out, softmax_lse = mesh_attention(_attend, q, k, v, extras, options, row)
     return (out, softmax_lse) if return_lse else out
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options
+) -> tuple[Tensor, Tensor]:
+    out, softmax_lse, *_ = attention_op(q, k, v, *extras, *arguments_of(options))
+    return out, softmax_lse
 
 
 def dilated_attention(

@@ -26,6 +26,7 @@ from nnscaler_ring.core.plan.heads import Heads
 from nnscaler_ring.core.ranks.agreement import agree, refusing_together
 from nnscaler_ring.core.ranks.groups import Place, find_place
 from nnscaler_ring.core.ranks.transport import Message, Transport, connect
+from nnscaler_ring.core.scores.dropout import agreed_seed
 
 HEADS_SCHEMA = (
     "(Tensor x, int row_dim, int head_dim, str op, str group, str shares, SymInt[] row_lens, "
@@ -164,3 +165,21 @@ def _heads_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 exchange_heads_op.register_autograd(_heads_gradient, setup_context=_save_heads)
+
+
+@torch.library.custom_op(
+    "nnscaler_ring::row_seed",
+    mutates_args=(),
+    schema="(Tensor seed, str op, str group, bool must_be_same) -> Tensor",
+)
+def row_seed_op(seed: Tensor, op: str, group: str, must_be_same: bool) -> Tensor:
+    """The dropout seed of the first rank of a row, for all of them."""
+    transport = transport_of(group, find_place(group), op, tag_of((op, "row_seed")))
+    agreed = agreed_seed(seed, transport, seed.device, must_be_same=must_be_same)
+    assert agreed is not None, seed
+    return agreed.clone()
+
+
+@row_seed_op.register_fake
+def _(seed: Tensor, op: str, group: str, must_be_same: bool) -> Tensor:
+    return torch.empty_like(seed)
