@@ -11,7 +11,7 @@ from nnscaler_ring.core.op.checks import check_cu_seqlens_values, check_packed_l
 from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments
 from nnscaler_ring.core.plan.shared_units import SharedUnits
 from nnscaler_ring.core.plan.span import even_lens
-from nnscaler_ring.core.ranks.groups import find_place, mesh_strings
+from nnscaler_ring.core.ranks.groups import mesh_place, mesh_strings
 from nnscaler_ring.core.token_index import token_index
 
 if TYPE_CHECKING:
@@ -68,20 +68,20 @@ def packed_shard_lens(
     cu_seqlens: Tensor | Sequence[int], process_group: ProcessGroupLike | None
 ) -> list[int]:
     """How many rows every rank holds, in block order: as even as can be, in either layout."""
-    row, column = (find_place(group) for group in mesh_strings(process_group))
-    units = even_lens(_bounds(cu_seqlens)[-1], column.world_size)
-    return [length for unit in units for length in even_lens(unit, row.world_size)]
+    rows, columns, *_ = mesh_place(*mesh_strings(process_group))
+    units = even_lens(_bounds(cu_seqlens)[-1], rows)
+    return [length for unit in units for length in even_lens(unit, columns)]
 
 
 def _packed(
     cu_seqlens: Tensor | Sequence[int], process_group: ProcessGroupLike | None, layout: str
 ) -> tuple[PackedDocuments, int]:
     check_packed_layout(layout)
-    row, column = (find_place(group) for group in mesh_strings(process_group))
+    rows, columns, row, column = mesh_place(*mesh_strings(process_group))
     bounds = _bounds(cu_seqlens)
-    units = LAYOUTS[layout].for_shards(even_lens(bounds[-1], column.world_size), bounds)
-    tokens = SharedUnits(units, row.world_size)
-    return PackedDocuments(tokens, bounds, bounds), column.block * row.world_size + row.block
+    units = LAYOUTS[layout].for_shards(even_lens(bounds[-1], rows), bounds)
+    tokens = SharedUnits(units, columns)
+    return PackedDocuments(tokens, bounds, bounds), row * columns + column
 
 
 def _bounds(cu_seqlens: Tensor | Sequence[int]) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from nnscaler_ring.core.op.relayout_op import relayout_op
 from nnscaler_ring.core.plan.layout import LAYOUTS, Zigzag
 from nnscaler_ring.core.plan.shared_units import SharedUnits
 from nnscaler_ring.core.ranks.agreement import refusing_together
-from nnscaler_ring.core.ranks.groups import find_place, group_string, mesh_strings
+from nnscaler_ring.core.ranks.groups import find_place, group_string, mesh_place, mesh_strings
 from nnscaler_ring.core.token_index import token_index
 
 if TYPE_CHECKING:
@@ -151,9 +151,9 @@ def zigzag_positions(
         int64 [tokens of this rank].
     """
     check_total("total_tokens", total_tokens)
-    row, column = (find_place(group) for group in mesh_strings(process_group))
-    layout = SharedUnits(Zigzag(total_tokens, column.world_size), row.world_size)
-    return token_index(layout.positions(column.block * row.world_size + row.block), device)
+    rows, columns, row, column = mesh_place(*mesh_strings(process_group))
+    layout = SharedUnits(Zigzag(total_tokens, rows), columns)
+    return token_index(layout.positions(row * columns + column), device)
 
 
 def _relayout(

@@ -17,7 +17,13 @@ from nnscaler_ring.core.op.options import Extras, Options, arguments_of
 from nnscaler_ring.core.op.whole_call import whole_op_attention
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.ranks.agreement import refusing_together
-from nnscaler_ring.core.ranks.groups import ALONE, find_place, group_string, mesh_strings
+from nnscaler_ring.core.ranks.groups import (
+    ALONE,
+    find_place,
+    group_string,
+    mesh_place,
+    mesh_strings,
+)
 from nnscaler_ring.core.scores.dropout import DropoutSeed, seed_tensor
 
 if TYPE_CHECKING:
@@ -88,12 +94,12 @@ def context_parallel_attention(
             checks.check_cu_seqlens_tensors(q, cu_seqlens_q, cu_seqlens_k)
         compute_len = q.shape[-3]
         if shard_lens is not None or shard_lens_k is not None:
-            place = find_place(group)
-            ranks = place.world_size * find_place(row).world_size
+            rows, columns, block, _ = mesh_place(row, group)
+            ranks = rows * columns
             shard_lens = checks.check_shard_lens("shard_lens", shard_lens, ranks)
             shard_lens_k = checks.check_shard_lens("shard_lens_k", shard_lens_k, ranks)
             if shard_lens is not None and row == ALONE:
-                compute_len = LAYOUTS[compute_layout].for_shards(shard_lens).shard_lens[place.block]
+                compute_len = LAYOUTS[compute_layout].for_shards(shard_lens).shard_lens[block]
     options = Options(
         op=op,
         group=group,

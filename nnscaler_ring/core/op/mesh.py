@@ -20,7 +20,7 @@ from nnscaler_ring.core.op.heads_op import exchange_heads_op, row_seed_op, share
 from nnscaler_ring.core.op.options import Extras, Options
 from nnscaler_ring.core.plan.heads import Heads, head_shares
 from nnscaler_ring.core.plan.layout import LAYOUTS
-from nnscaler_ring.core.ranks.groups import ALONE, find_place
+from nnscaler_ring.core.ranks.groups import ALONE, mesh_place
 
 Attend = Callable[[Tensor, Tensor, Tensor, Extras, Options], tuple[Tensor, Tensor]]
 """Attention over the column: (out, softmax_lse)."""
@@ -39,11 +39,10 @@ def row_lens(name: str, lens: Sequence[int] | None, row: str, column: str, token
     Raises:
         ValueError: another number of tokens than this rank passes.
     """
-    place, unit = find_place(row), find_place(column).block
-    ways = place.world_size
+    _, ways, unit, part = mesh_place(row, column)
     if lens is None:
         return RowLens([tokens] * ways, None)
-    check_own_length(name, lens, unit * ways + place.block, tokens)
+    check_own_length(name, lens, unit * ways + part, tokens)
     starts = range(0, len(lens), ways)
     return RowLens(
         list(lens[unit * ways : (unit + 1) * ways]), [sum(lens[n : n + ways]) for n in starts]
@@ -59,7 +58,8 @@ def mesh_attention(
         extras, options: of the whole call: all heads, the lengths of all blocks of the mesh.
         row: the group string of the row; `options.group` is the column's.
     """
-    place, op = find_place(row), options.op
+    op = options.op
+    _, ways, unit, part = mesh_place(row, options.group)
     lens = row_lens("shard_lens", options.shard_lens, row, options.group, q.shape[-3])
     if options.shard_lens is not None and options.shard_lens_k is None:
         if k.shape[-3] != q.shape[-3]:
@@ -70,14 +70,14 @@ def mesh_attention(
         lens_k = RowLens(lens.mine, None)
     else:
         lens_k = row_lens("shard_lens_k", options.shard_lens_k, row, options.group, k.shape[-3])
-    shares = head_shares(q.shape[-2], k.shape[-2], place.world_size)
-    mine = shares[place.block]
+    shares = head_shares(q.shape[-2], k.shape[-2], ways)
+    mine = shares[part]
 
     def move(
         x: Tensor, heads: Sequence[Heads], mine: Sequence[int], dims: tuple[int, int]
     ) -> Tensor:
         row_dim, head_dim = (dim % x.dim() for dim in dims)
-        text, share = share_text(heads), len(heads[place.block])
+        text, share = share_text(heads), len(heads[part])
         lens = list(mine)
         return exchange_heads_op(x, row_dim, head_dim, op, row, text, lens, False, sum(lens), share)
 
@@ -85,7 +85,7 @@ def mesh_attention(
     bias, slopes, sinks, seed = extras.bias, extras.alibi_slopes, extras.sinks, extras.dropout_seed
     first, last = mine.q[0], mine.q[-1] + 1
     if bias is not None:
-        of_bias = of_q if bias.shape[-3] > 1 else [(0,)] * place.world_size
+        of_bias = of_q if bias.shape[-3] > 1 else [(0,)] * ways
         bias = move(bias, of_bias, lens.mine, (-2, -3))
     if seed is not None:
         seed = row_seed_op(seed, op, row, options.same_seed)
@@ -93,8 +93,7 @@ def mesh_attention(
     units = lens.units
     computed = tokens
     if units is not None:
-        block = find_place(options.group).block
-        computed = LAYOUTS[options.compute_layout].for_shards(units).shard_lens[block]
+        computed = LAYOUTS[options.compute_layout].for_shards(units).shard_lens[unit]
     out, softmax_lse = attend(
         move(q, of_q, lens.mine, (-3, -2)),
         move(k, of_kv, lens_k.mine, (-3, -2)),
@@ -115,7 +114,7 @@ def mesh_attention(
 
     def back(x: Tensor, dims: tuple[int, int]) -> Tensor:
         row_dim, head_dim = (dim % x.dim() for dim in dims)
-        sizes = lens.mine[place.block], q.shape[-2]
+        sizes = lens.mine[part], q.shape[-2]
         return exchange_heads_op(
             x, row_dim, head_dim, op, row, share_text(of_q), lens.mine, True, *sizes
         )
@@ -129,12 +128,14 @@ def check_mesh(num_heads: int, kernel: str, row: str) -> None:
     Raises:
         ValueError: they cannot, or it is not.
     """
-    if row != ALONE and kernel in WHOLE_OPS:
+    if row == ALONE:
+        return
+    if kernel in WHOLE_OPS:
         raise ValueError(
             f"kernel={kernel!r} takes no mesh of sequence and heads; pass "
             "one dimension, or use kernel='auto'."
         )
-    ways = find_place(row).world_size
+    _, ways, _, _ = mesh_place(row, ALONE)
     if num_heads % ways:
         raise ValueError(
             f"process_group must have a mesh whose second dimension, {ways} ranks that share the "

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from numbers import Real
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -160,11 +160,21 @@ def mesh_strings(process_group: ProcessGroupLike | None) -> tuple[str, str]:
         return ALONE, group_string(process_group)
     mesh = cast("DeviceMesh", process_group)
     _check_holds_this_rank(mesh)
+    return _strings_of_two_dimensions(mesh)
+
+
+def _strings_of_two_dimensions(mesh: DeviceMesh) -> tuple[str, str]:
     column, row = (
         ALONE if mesh.size(dim) == 1 else cast(str, mesh.get_group(dim).group_name)
         for dim in (0, 1)
     )
     return row, column
+
+
+def mesh_place(row: str, column: str) -> tuple[int, int, int, int]:
+    """(rows, columns, this rank's row, its column) of the mesh that has these groups."""
+    heads, sequence = find_place(row), find_place(column)
+    return sequence.world_size, heads.world_size, sequence.block, heads.block
 
 
 def _string_of_mesh(mesh: DeviceMesh) -> str:
@@ -210,7 +220,9 @@ def _string_of_ranks(*ranks: int) -> str:
 
 # What torch.compiler.assume_constant_result sets: under torch.compile the group is made while
 # tracing. The decorator itself would import all of torch._dynamo, a second of every start.
-_string_of_ranks._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_CONSTANT: list[Any] = [_string_of_ranks, _strings_of_two_dimensions, mesh_place]
+for _function in _CONSTANT:
+    _function._dynamo_marked_constant = True
 
 
 def _check_ranks(ranks: tuple[int, ...]) -> None:
