@@ -281,6 +281,7 @@ class _Ledger:
                 case Compute():
                     self._compute(action, backward)
                 case Free():
+                    self.drop(f"messages:in {action.place}")
                     self.drop(*(f"kv_chunk:{action.place} {part}" for part in ("", "k", "v")))
                 case Add():
                     self._to_sum(self.sums[action.to])
