@@ -1,8 +1,12 @@
 """Programs of all ranks, played against each other: what holds for every exchange, by counting."""
 
+import itertools
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -143,3 +147,17 @@ def test_memory_under_way_is_a_few_messages_however_many_ranks() -> None:
         grows = rows[name, 16] > rows[name, 8]
         assert grows == EXCHANGES[name].holds_all_keys, rows
     assert rows["direct", 16] <= 4 * 16 + 2 * 32 and rows["all_gather", 16] == 2 * 16 * 64
+
+
+def test_the_exchange_of_the_documentation_is_one() -> None:
+    """docs/adding_a_variant.md: its code, played as it stands there."""
+    page = (Path(__file__).parents[2] / "docs" / "adding_a_variant.md").read_text()
+    (code,) = re.findall(r"```python\n([^`]*def at_once\(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    for problem in problems():
+        programs = [names["at_once"](problem.schedule, rank) for rank in problem.ranks]
+        for backward, in_order in itertools.product((False, True), repeat=2):
+            play = Play(programs, backward=backward, in_order=in_order)
+            for rank, mine in enumerate(play.ranks):
+                assert mine.pairs == visible_pairs(problem, rank), problem.what
