@@ -211,7 +211,10 @@ class _Planner:
     def _time(self, programs: list[Program], backward: bool) -> Timeline:
         """Of the slowest rank: Note [A plan's shortcuts]."""
         costs = Costs(self.job.sizes, self.cluster, self.traits)
-        each = [run_programs({some.rank: some}, costs, backward=backward) for some in programs]
+        each = [
+            run_programs({some.rank: some}, costs, backward=backward, keeps_events=False)
+            for some in programs
+        ]
         return max(each, key=lambda timeline: timeline.seconds)
 
     def _sent(self, programs: list[Program]) -> SentBytes:

@@ -55,16 +55,25 @@ class RankTimeline:
     events: list[Event] = field(default_factory=list)
     now: float = 0.0
     link_free: float = 0.0
+    keeps_events: bool = True
+    """False: only their sums, for those who estimate."""
+    _sums: dict[str, float] = field(default_factory=dict)
 
     def spend(self, kind: EventKind, until: float, what: str) -> None:
         """The rank does one thing until some time."""
         if until > self.now:
-            self.events.append(Event(kind, self.now, until, what))
+            self.note(kind, self.now, until, what)
             self.now = until
+
+    def note(self, kind: EventKind, start: float, end: float, what: str) -> None:
+        """Something goes on from `start` to `end`."""
+        self._sums[kind] = self._sums.get(kind, 0.0) + end - start
+        if self.keeps_events:
+            self.events.append(Event(kind, start, end, what))
 
     def seconds(self, kind: str) -> float:
         """Spent on one kind of event."""
-        return sum(event.end - event.start for event in self.events if event.kind == kind)
+        return self._sums.get(kind, 0.0)
 
 
 @dataclass(frozen=True)
@@ -94,13 +103,17 @@ def simulate_timeline(
     return run_programs(programs, Costs(call.sizes, cluster, traits), backward=backward)
 
 
-def run_programs(programs: Mapping[int, Program], costs: Costs, *, backward: bool) -> Timeline:
+def run_programs(
+    programs: Mapping[int, Program], costs: Costs, *, backward: bool, keeps_events: bool = True
+) -> Timeline:
     """Let ranks perform their programs side by side.
 
     Peers that have no program here are like the rank that talks to them: never late.
     """
     board = _Board(set(programs), Counter(), {})
     ranks = [_Rank(program, board, costs, backward) for program in programs.values()]
+    for rank in ranks:
+        rank.line.keeps_events = keeps_events
     running = ranks
     while running:
         before = board.progress
@@ -172,8 +185,10 @@ class _Rank:
                         if not self._advance():
                             yield True
                     there, end = self._done.pop(action.transfer)
-                    line.spend("late", min(there, end), f"peers of transfer {action.transfer}")
-                    line.spend("wait", end, f"transfer {action.transfer}")
+                    if there > line.now:
+                        line.spend("late", there, f"peers of transfer {action.transfer}")
+                    if end > line.now:
+                        line.spend("wait", end, f"transfer {action.transfer}")
                 case Gather() | Scatter():
                     yield from self._collective(isinstance(action, Scatter))
                 case Join():
@@ -202,8 +217,9 @@ class _Rank:
         transfer = _Transfer(action.transfer, posted, tuple(needs), max(seconds), what)
         self._waiting.append(transfer)
         # Note [How time passes]: this part takes the rank's own time.
-        own = (1 - cluster.overlap) * sum(seconds)
-        line.spend("compute", line.now + own, f"moving {what}")
+        if cluster.overlap < 1:
+            own = (1 - cluster.overlap) * sum(seconds)
+            line.spend("compute", line.now + own, f"moving {what}")
 
     def _advance(self) -> bool:
         """Finish the next transfer in order; False: a peer has not posted its side."""
@@ -217,7 +233,7 @@ class _Rank:
         end = start + transfer.seconds
         if transfer.seconds:
             self.line.link_free = end
-            self.line.events.append(Event("transfer", start, end, transfer.what))
+            self.line.note("transfer", start, end, transfer.what)
         self._done[transfer.number] = there, end
         return True
 
@@ -235,5 +251,5 @@ class _Rank:
         size = costs.gradient_bytes(longest, True) if scatters else costs.kv_bytes(longest)
         # K and V each have a collective of their own.
         seconds = 2 * (ranks - 1) * link.seconds(size / 2) * (2 - cluster.overlap)
-        line.events.append(Event("transfer", line.now, line.now + seconds, what))
+        line.note("transfer", line.now, line.now + seconds, what)
         line.spend("wait", line.now + seconds, what)

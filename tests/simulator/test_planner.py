@@ -33,8 +33,10 @@ def job(**changes: object) -> Job:
 def test_a_billion_tokens_on_a_thousand_ranks_in_no_time(mask: Mask) -> None:
     start = time.process_time()
     result = plan(job(tokens=BILLION, ranks=1000, layers=32, mask=mask), H200)
-    assert time.process_time() - start < 1.5  # 0.5 s here; twice that on a busy machine
-    assert len(result.strategies) == 6
+    seconds = time.process_time() - start
+    assert len(result.strategies) == 2 * len(EXCHANGES)
+    # 0.1 s a strategy here; twice that on a busy machine.
+    assert seconds < 1.5 / 6 * len(result.strategies)
     shares = {s.exchange: s.total_memory for s in result.strategies if s.layout == "zigzag"}
     # Keys and values of 10^9 tokens are 4 TB: nobody holds them but all_gather.
     assert shares["all_gather"] > BILLION * 2 * 8 * 128 * 2
@@ -134,7 +136,8 @@ def test_recommends_balance_for_causal_and_neighbours_for_windows() -> None:
     window = plan(job(tokens=1 << 20, ranks=8, mask=Mask(4096, 0)), H200)
     assert window.recommended is not None
     assert window.recommended.exchange == "direct"
-    direct, ring, _ = (s for s in window.strategies if s.layout == "contiguous")
+    by_name = {s.exchange: s for s in window.strategies if s.layout == "contiguous"}
+    direct, ring = by_name["direct"], by_name["ring"]
     assert ring.sent.total_bytes > 10 * direct.sent.total_bytes
 
 
@@ -191,7 +194,7 @@ def test_command_prints_json_alone() -> None:
     result = CliRunner().invoke(commands, arguments.split())
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
-    assert len(figures["strategies"]) == 6
+    assert len(figures["strategies"]) == 2 * len(EXCHANGES)
     assert figures["recommended"]["seconds"] > 0
 
 
