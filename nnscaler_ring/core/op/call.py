@@ -72,10 +72,14 @@ class RelayoutCall:
 
 def describe(call: Any) -> dict[str, str]:
     """Field by field, for the ranks to compare and for people to read."""
-    values = {f.name: getattr(call, f.name) for f in fields(call)}
-    if isinstance(shape := values.pop("shape", None), AttentionShape):
-        values |= vars(shape) | {"dtype": shape.torch_dtype}
-    return {name: _text(value) for name, value in values.items()}
+    described: dict[str, str] = {}
+    for f in fields(call):
+        value = getattr(call, f.name)
+        if isinstance(value, AttentionShape):
+            described |= {**describe(value), "dtype": str(value.torch_dtype)}
+        else:
+            described[f.name] = _text(value)
+    return described
 
 
 @dataclass(frozen=True)
