@@ -15,7 +15,7 @@ from nnscaler_ring import __version__
 from nnscaler_ring.core.device import device_name
 from nnscaler_ring.core.plan.masks import Window
 from nnscaler_ring.core.plan.tile import UNBOUNDED
-from nnscaler_ring.simulator.call import SimulatedCall
+from nnscaler_ring.simulator.call import SimulatedCall, sides_of
 from nnscaler_ring.simulator.cluster import Cluster
 from nnscaler_ring.simulator.inputs import GeneratedInputs
 from nnscaler_ring.simulator.memory import KernelTraits, predict_memory, traits_of
@@ -233,9 +233,7 @@ def _call_json(call: SimulatedCall) -> dict[str, Any]:
         name: getattr(call, name)
         for name in ("tokens", "ranks", "q_layout", "k_layout", "exchange", "cu_seqlens")
     }
-    sides = dict(zip(("left", "right"), _sides(call), strict=True))
-    mask = {side: None if n == UNBOUNDED else n for side, n in sides.items()}
-    return {**fields, "mask": mask, "sizes": asdict(call.sizes)}
+    return {**fields, "mask": sides_of(call.mask), "sizes": asdict(call.sizes)}
 
 
 def _timeline_json(timeline: Timeline) -> dict[str, Any]:
@@ -247,7 +245,7 @@ def _timeline_json(timeline: Timeline) -> dict[str, Any]:
                 "rank": rank.rank,
                 **{
                     f"{kind}_seconds": rank.seconds(kind)
-                    for kind in ("compute", "transfer", "wait")
+                    for kind in ("compute", "transfer", "wait", "late")
                 },
                 "events": [event._asdict() for event in rank.events],
             }

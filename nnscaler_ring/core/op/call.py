@@ -17,6 +17,7 @@ from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments, SequenceLay
 from nnscaler_ring.core.plan.masks import mask_of
 from nnscaler_ring.core.plan.moves import Moves, plan_moves
 from nnscaler_ring.core.plan.schedule import Schedule
+from nnscaler_ring.core.shape import AttentionShape
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,7 @@ class Call:
     block_order: tuple[int, ...]
     shard_lens: tuple[int, ...]
     shard_lens_k: tuple[int, ...]
-    batch: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    v_head_dim: int
-    dtype: torch.dtype
-    device_type: str
+    shape: AttentionShape
     softmax_scale: float
     mask: str
     softcap: float
@@ -77,7 +72,14 @@ class RelayoutCall:
 
 def describe(call: Any) -> dict[str, str]:
     """Field by field, for the ranks to compare and for people to read."""
-    return {f.name: _text(getattr(call, f.name)) for f in fields(call)}
+    described: dict[str, str] = {}
+    for f in fields(call):
+        value = getattr(call, f.name)
+        if isinstance(value, AttentionShape):
+            described |= {**describe(value), "dtype": str(value.torch_dtype)}
+        else:
+            described[f.name] = _text(value)
+    return described
 
 
 @dataclass(frozen=True)

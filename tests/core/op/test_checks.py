@@ -20,6 +20,7 @@ from nnscaler_ring import (
     zigzag_shard,
     zigzag_unshard,
 )
+from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.masks import Chunks, Prefix, Rectangles
 from tests.core.attempts import TOKENS, Attempt, arguments, attempt, line_up
 
@@ -303,7 +304,7 @@ OPTIONS = {
         ALL,
         given(exchange="bcast"),
         ValueError,
-        r"exchange must be one of \('direct', 'ring', 'all_gather'\), got 'bcast'",
+        re.escape(f"exchange must be one of {(*EXCHANGES,)}, got 'bcast'"),
     ),
     "exchange is a list": Wrong(
         ALL, given(exchange=["ring"]), ValueError, r"exchange must be one of .*, got \['ring'\]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from nnscaler_ring.core.plan.masks.contract import Band, Mask, disjoint, integer, reach
@@ -57,18 +57,24 @@ class Rectangles(Mask):
 
     rectangles: Sequence[Sequence[Any]]
 
+    shown: tuple[Band, ...] = field(init=False, compare=False)
+    """Their pairs."""
+
     def checked(self) -> dict[str, Any]:
-        return {"rectangles": tuple(_checked(some) for some in self.rectangles)}
+        rectangles = [_checked(some) for some in self.rectangles]
+        return {
+            "rectangles": tuple(map(tuple, rectangles)),
+            "shown": tuple(rectangle.shown() for rectangle in rectangles),
+        }
 
     def bands(self, q: Span, k: Span) -> Iterable[Band]:
         box = reach(q, k)
-        met = (Rectangle(*some).shown().meet(box) for some in self.rectangles)
+        met = (shown.meet(box) for shown in self.shown if shown.q0 < box.q1 and box.q0 < shown.q1)
         return disjoint(band for band in met if not band.is_empty())
 
     def sees(self, query: Any, key: Any, document: int = 0) -> Any:
         seen: Any = False
-        for some in self.rectangles:
-            q0, q1, k0, k1, lo, hi = Rectangle(*some).shown()
+        for q0, q1, k0, k1, lo, hi in self.shown:
             inside = (query >= q0) & (query < q1) & (key >= k0) & (key < k1)
             seen = seen | (inside & (key - query >= lo) & (key - query <= hi))
         return seen
@@ -84,7 +90,7 @@ class Rectangles(Mask):
                     )
 
 
-def _checked(some: Sequence[Any]) -> tuple[Any, ...]:
+def _checked(some: Sequence[Any]) -> Rectangle:
     if not isinstance(some, Sequence) or isinstance(some, str) or len(some) not in (4, 5):
         raise TypeError(
             "rectangles must be (q_start, q_stop, k_start, k_stop) or (..., band) each, got "
@@ -97,4 +103,4 @@ def _checked(some: Sequence[Any]) -> tuple[Any, ...]:
         raise ValueError(f"a rectangle must not stop before it starts, got {some!r}.")
     if rectangle.band not in BANDS:
         raise ValueError(f"the band of a rectangle must be one of {BANDS}, got {rectangle.band!r}.")
-    return tuple(rectangle)
+    return rectangle
