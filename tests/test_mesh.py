@@ -154,13 +154,12 @@ def bytes_sent(ranks: list[int], tokens: int, heads: tuple[int, int]) -> tuple[i
 
 
 def test_heads_move_fewer_bytes_than_a_ring(pool: RankPool) -> None:
-    """Per rank (N-1)/N of q, k, v and the result and its lse; in a ring N-1 shards of k and v."""
+    """Per rank (N-1)/N of q, k, v and the result; in a ring N-1 shards of k and v."""
     tokens, head_bytes, ranks = 6, 4 * 4, 4
     for row, ring in pool.run(ranks, bytes_sent, tokens, (8, 8)):
         assert ring == (ranks - 1) * tokens * 2 * 8 * head_bytes
-        lse = 3 * tokens * 2 * 4
-        assert row == (ranks - 1) * tokens * 4 * 2 * head_bytes + lse
-        assert row < ring / 1.8
+        assert row == (ranks - 1) * tokens * 4 * 2 * head_bytes
+        assert row == ring // 2
 
 
 def compiled(ranks: list[int]) -> float:

@@ -128,10 +128,10 @@ def context_parallel_attention(
         return whole_op_attention(q, k, v, extras, options, return_lse=return_lse)
     if row == ALONE:
         out, softmax_lse = _attend(q, k, v, extras, options)
-    else:
-        with refusing_together(group, op):
-            out, softmax_lse = mesh_attention(_attend, q, k, v, extras, options, row)
-    return (out, softmax_lse) if return_lse else out
+        return (out, softmax_lse) if return_lse else out
+    with refusing_together(group, op):
+        out, lse = mesh_attention(_attend, q, k, v, extras, options, row, return_lse)
+    return out if lse is None else (out, lse)
 
 
 def _attend(

@@ -50,13 +50,23 @@ def row_lens(name: str, lens: Sequence[int] | None, row: str, column: str, token
 
 
 def mesh_attention(
-    attend: Attend, q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options, row: str
-) -> tuple[Tensor, Tensor]:
+    attend: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extras: Extras,
+    options: Options,
+    row: str,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """`attend` on this rank's share of the heads and the rows of its row of the mesh.
 
     Args:
         extras, options: of the whole call: all heads, the lengths of all blocks of the mesh.
         row: the group string of the row; `options.group` is the column's.
+
+    Returns:
+        (out, softmax_lse), the latter None unless it is asked for.
     """
     op = options.op
     _, ways, unit, part = mesh_place(row, options.group)
@@ -119,7 +129,7 @@ def mesh_attention(
             x, row_dim, head_dim, op, row, share_text(of_q), lens.mine, True, *sizes
         )
 
-    return back(out, (-3, -2)), back(softmax_lse, (-1, -2))
+    return back(out, (-3, -2)), back(softmax_lse, (-1, -2)) if return_lse else None
 
 
 def check_mesh(num_heads: int, kernel: str, row: str) -> None:
