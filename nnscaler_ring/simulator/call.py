@@ -12,6 +12,7 @@ from nnscaler_ring.core.op.checks import check_cu_seqlens_values, check_shard_le
 from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments, SequenceLayout
 from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, Rows, Schedule
 from nnscaler_ring.core.plan.span import even_lens
+from nnscaler_ring.core.plan.tile import UNBOUNDED
 from nnscaler_ring.core.sizes import Sizes
 from nnscaler_ring.core.token_index import token_index
 
@@ -103,3 +104,9 @@ class SimulatedCall:
         if self.cu_seqlens is None:
             return layout
         return PackedDocuments(layout, self.cu_seqlens, self.cu_seqlens)
+
+
+def sides_of(mask: Mask) -> dict[str, int | None]:
+    """How far a query sees to either side, in tokens; None is without a bound."""
+    sides = {"left": mask.left, "right": mask.right}
+    return {side: None if n == UNBOUNDED else n for side, n in sides.items()}

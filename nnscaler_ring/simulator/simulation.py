@@ -14,7 +14,7 @@ import torch
 from nnscaler_ring import __version__
 from nnscaler_ring.core.device import device_name
 from nnscaler_ring.core.plan.tile import UNBOUNDED
-from nnscaler_ring.simulator.call import SimulatedCall
+from nnscaler_ring.simulator.call import SimulatedCall, sides_of
 from nnscaler_ring.simulator.cluster import Cluster
 from nnscaler_ring.simulator.inputs import GeneratedInputs
 from nnscaler_ring.simulator.memory import KernelTraits, predict_memory, traits_of
@@ -221,9 +221,7 @@ def _call_json(call: SimulatedCall) -> dict[str, Any]:
         name: getattr(call, name)
         for name in ("tokens", "ranks", "q_layout", "k_layout", "exchange", "cu_seqlens")
     }
-    sides = {"left": call.mask.left, "right": call.mask.right}
-    mask = {side: None if n == UNBOUNDED else n for side, n in sides.items()}
-    return {**fields, "mask": mask, "sizes": asdict(call.sizes)}
+    return {**fields, "mask": sides_of(call.mask), "sizes": asdict(call.sizes)}
 
 
 def _timeline_json(timeline: Timeline) -> dict[str, Any]:
