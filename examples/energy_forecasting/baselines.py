@@ -6,6 +6,7 @@ learn from the same training hours, and correct the same seasonal naive.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,20 @@ def fit_and_forecast(
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
     """
-    ridge, boosting = _models()
+    ridge, boosting, one_thread = _models()
+    with one_thread():
+        return _fit_and_forecast(features, config, first, train_stop, origins, ridge, boosting)
+
+
+def _fit_and_forecast(
+    features: Features,
+    config: Config,
+    first: int,
+    train_stop: int,
+    origins: list[range],
+    ridge: Any,
+    boosting: Any,
+) -> list[Array]:
     learned = np.array(daily_origins_of(features, first + 2 * WEEK, train_stop - DAY))
     parts = [np.array(part) for part in origins]
     by_part = [np.zeros((len(part), config.longest, len(NAMES))) for part in parts]
@@ -86,10 +100,16 @@ def _thinned(
     return np.concatenate(parts_x), np.concatenate(parts_y)
 
 
-def _models() -> tuple[Any, Any]:
+def _models() -> tuple[Any, Any, Any]:
+    """Ridge, boosting, and what bounds their threads.
+
+    One thread: on cores that others use as well, OpenMP's threads wait for each other for longer
+    than they compute, 13 times as long on a busy machine of two.
+    """
     try:
         from sklearn.ensemble import HistGradientBoostingRegressor
         from sklearn.linear_model import Ridge
+        from threadpoolctl import threadpool_limits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "scikit-learn must be installed for the baselines: pip install scikit-learn, or "
@@ -99,4 +119,4 @@ def _models() -> tuple[Any, Any]:
     boosting = HistGradientBoostingRegressor(
         loss="absolute_error", max_iter=200, learning_rate=0.06, min_samples_leaf=40, random_state=0
     )
-    return Ridge(RIDGE_PENALTY), boosting
+    return Ridge(RIDGE_PENALTY), boosting, partial(threadpool_limits, 1)

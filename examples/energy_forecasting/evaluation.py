@@ -12,7 +12,7 @@ import torch
 from examples.energy_forecasting.adaptive import MEMORY_DAYS, adapt, holds
 from examples.energy_forecasting.baselines import NAMES as BASELINES
 from examples.energy_forecasting.config import DAY, Config, config_from
-from examples.energy_forecasting.features import naive_names
+from examples.energy_forecasting.features import check_columns, naive_names
 from examples.energy_forecasting.metrics import (
     absolute_errors,
     bootstrap,
@@ -84,8 +84,10 @@ def check_origins(series: HourlySeries, saved: Checkpoint, origins: range) -> No
     """Whether a trained model may forecast these origins of a series.
 
     Raises:
-        ValueError: too little history before the first, or training has seen its hours.
+        ValueError: other columns than in training, too little history before the first origin, or
+            training has seen its hours.
     """
+    check_columns(series, saved.scalers)
     config = config_from(saved.config)
     needed = config.context + config.history
     if origins[0] < needed:

@@ -129,6 +129,15 @@ def fit_scalers(series: HourlySeries, train_stop: int) -> dict[str, Scaler]:
     return scalers
 
 
+def check_columns(series: HourlySeries, scalers: Mapping[str, object]) -> None:
+    """Raises ValueError for other columns than those of the scalers."""
+    if list(series.columns) != list(scalers):
+        raise ValueError(
+            f"the series must have the columns {list(scalers)}, as in training, got "
+            f"{list(series.columns)}; name them with --target and --channel."
+        )
+
+
 class Features:
     """The features of one series; hours are counted from its start.
 
@@ -142,11 +151,7 @@ class Features:
     """
 
     def __init__(self, series: HourlySeries, config: Config, scalers: Mapping[str, Scaler]) -> None:
-        if list(series.columns) != list(scalers):
-            raise ValueError(
-                f"the series must have the columns {list(scalers)}, as in training, got "
-                f"{list(series.columns)}; name them with --target and --channel."
-            )
+        check_columns(series, scalers)
         self.config, self.start, self.series = config, series.start, series
         self.scaler = next(iter(scalers.values()))
         self.target = torch.tensor(self.scaler.scale(series.target), dtype=torch.float32)
