@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from nnscaler_ring.core.op.checks import check_mask
+from nnscaler_ring.core.op.checks import check_window
 from nnscaler_ring.core.sizes import Sizes, dtype_name
 from nnscaler_ring.simulator.cluster import Cluster, Link, check_cluster, load_cluster
 from nnscaler_ring.simulator.planner import Job, Plan, StrategyPlan, counted, gigabytes, plan
@@ -69,7 +69,7 @@ def plan_command(as_json: bool, device: str, mask: str, dtype: str, **given: Any
             ranks=given["ranks"],
             layers=given["layers"],
             sizes=Sizes(heads, kv_heads, dim, dim, dtype_name(dtype), given["batch"]),
-            mask=check_mask(*parse_mask(mask)),
+            mask=check_window(*parse_mask(mask)),
             backward=not given["forward_only"],
             recompute=given["recompute"],
             reserve_bytes=given["reserve_gb"] * 1e9,

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nnscaler_ring.core.exchange import EXCHANGES
-from nnscaler_ring.core.op.checks import check_mask
+from nnscaler_ring.core.op.checks import check_window
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.sizes import Sizes, dtype_name
 from nnscaler_ring.simulator.call import SimulatedCall
@@ -97,7 +97,7 @@ def simulate(
         kv = heads if kv_heads is None else kv_heads
         sizes = Sizes(heads, kv, head_dim, head_dim, dtype_name(dtype), batch)
         call = SimulatedCall(
-            tokens, ranks, sizes, check_mask(*parse_mask(mask)), layout, exchange=exchange
+            tokens, ranks, sizes, check_window(*parse_mask(mask)), layout, exchange=exchange
         )
         if share is not None and not 0 <= share < ranks:
             raise ValueError(f"share must be a rank from 0 to {ranks - 1}, got {share}.")
