@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from nnscaler_ring.core.kernels import select_kernel
+from nnscaler_ring.core.scores.scores import TileScores
 from nnscaler_ring.core.sums.online_softmax import PartialOutput
 from nnscaler_ring.simulator import GeneratedInputs, Sizes
 from nnscaler_ring.simulator.live_bytes import LiveBytes
@@ -66,7 +67,7 @@ def main() -> None:
         for first in range(0, args.keys, args.chunk):
             tokens = torch.arange(first, min(first + args.chunk, args.keys))
             k, v = inputs.rows("k", tokens), inputs.rows("v", tokens)
-            block = kernel.forward(q, k, v, softmax_scale=scale, window=(-1, -1), mods=None)
+            block = kernel.forward(q, k, v, TileScores(scale))
             partial.merge_(everything, *block)
             progress.advance(task, len(tokens))
         out, _ = partial.current()

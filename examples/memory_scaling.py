@@ -23,6 +23,7 @@ from rich.table import Table
 
 from nnscaler_ring import wrap_zigzag_attn_func
 from nnscaler_ring.core.kernels import Problem, select_kernel
+from nnscaler_ring.core.scores.scores import TileScores
 from nnscaler_ring.core.sums.online_softmax import PartialOutput
 from nnscaler_ring.simulator.live_bytes import LiveBytes
 from nnscaler_ring.tools.demo.memory import count_tensor_bytes, peak_memory
@@ -90,7 +91,7 @@ def replicated_queries(tokens: int, ranks: int, device: str) -> int:
         for _ in range(min(2, ranks)):  # later shards take the place of these
             shape = 1, tokens // ranks, HEADS, HEAD_DIM
             k, v = (torch.randn(shape, device=device) for _ in range(2))
-            block = kernel.forward(q, k, v, softmax_scale=1.0, window=(-1, -1), mods=None)
+            block = kernel.forward(q, k, v, TileScores(1.0))
             partial.merge_(slice(0, tokens), *block)
     return meter.peak.total()
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
-from nnscaler_ring.core.kernels import AttentionKernel, Problem
+from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors, Problem
 from nnscaler_ring.core.kernels.aten_flash import AtenFlash
 from nnscaler_ring.core.kernels.flash_form import FlashKernel
 from nnscaler_ring.core.kernels.torch_efficient import Efficient
@@ -36,7 +36,7 @@ def attend_on_gpu(
         "scores": Scores(q.shape[-1] ** -0.5 if scale is None else scale),
     }
     out, lse = attention_forward(q, k, v, **options)
-    return [out, *attention_backward(dout, None, q, k, v, out, lse, **options)[:3]]
+    return [out, *attention_backward(BackwardTensors(dout, None, q, k, v, out, lse), **options)[:3]]
 
 
 def _kernel(q: Tensor) -> AttentionKernel:

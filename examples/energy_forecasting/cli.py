@@ -27,6 +27,7 @@ from examples.energy_forecasting.evaluation import (
     forecast_on_rank,
     score,
 )
+from examples.energy_forecasting.plausibility import DEMAND, QUANTITIES, RULE
 from examples.energy_forecasting.provenance import code, provenance, this_command
 from examples.energy_forecasting.series import RESOLUTIONS, HourlySeries
 from examples.energy_forecasting.sources.csv_file import read_columns, read_csv
@@ -79,6 +80,13 @@ def series_options(command: Any) -> Any:
         click.option(
             "--time-zone", default="UTC", show_default=True, help="Of times without an offset."
         ),
+        click.option(
+            "--quantity",
+            default=DEMAND,
+            show_default=True,
+            type=click.Choice(QUANTITIES),
+            help="demand: values that it cannot have count as missing. any: prices and the like.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -105,15 +113,27 @@ def load(
     channels: tuple[str, ...],
     joined: tuple[Path, ...],
     time_zone: str,
+    quantity: str,
 ) -> HourlySeries:
     """The series, with a word on its quality."""
     series = read_csv(
-        csv_path or EXCERPT_CSV, target=target, channels=channels, time_zone=time_zone
+        csv_path or EXCERPT_CSV,
+        target=target,
+        channels=channels,
+        time_zone=time_zone,
+        quantity=quantity,
     )
     for path in joined:
         series = series.with_columns(read_columns(path, time_zone=time_zone))
-    console.print(f"{series.source}: {series.quality.sentence()}", highlight=False)
+    show_quality(series)
     return series
+
+
+def show_quality(series: HourlySeries) -> None:
+    """What was found in the rows, and by which rule values count as missing."""
+    console.print(f"{series.source}: {series.quality.sentence()}", highlight=False, markup=False)
+    if series.quality.implausible_values:
+        console.print(f"implausible values count as missing: {RULE}", highlight=False)
 
 
 @commands.command()
@@ -148,7 +168,7 @@ def data(
             if start is None or end is None:
                 raise ValueError(f"--start and --end must be given for {source}.")
             series = fetch(source, region, start, end, what)
-            console.print(f"{series.source}: {series.quality.sentence()}", highlight=False)
+            show_quality(series)
         series.write_csv(out, resolution)
     console.print(f"wrote {out}")
 
@@ -204,7 +224,6 @@ def train(
 ) -> None:
     """Train, or go on training where a checkpoint is."""
     with plain_errors():
-        series = load(**given)
         config = EXCERPT if excerpt or given["csv_path"] is None else Config()
         changes = {"context": context, "steps": steps, "time_zone": clocks}
         given_changes: dict[str, Any] = {
@@ -212,6 +231,7 @@ def train(
         }
         config = replace(config, seed=seed, **given_changes)
         check_config(config)
+        series = load(**given)
         split(series, config)
         with Progress(console=console) as progress:
             task = progress.add_task("training", total=config.steps)

@@ -9,12 +9,17 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from examples.energy_forecasting.plausibility import implausible
+
 HOUR = np.timedelta64(1, "h")
+MOST_HOURS = 100 * 8766
+"""A century: a year that was mistyped would make millions of empty hours."""
+
 Array = np.ndarray
 TIME = "time_utc"
 RESOLUTIONS = {"hourly": "h", "daily": "D", "monthly": "M"}
@@ -31,6 +36,7 @@ class Quality:
     duplicate_rows: int = 0  # a later row of the same hour; the last one counts
     conflicting_rows: int = 0  # of these, those with another value
     unordered_rows: int = 0  # rows earlier than the one before
+    implausible_values: int = 0  # of all columns; they count as missing, see plausibility.RULE
 
     def sentence(self) -> str:
         """For people."""
@@ -71,7 +77,7 @@ class HourlySeries:
         """Rows in any order put on the clock.
 
         Raises:
-            ValueError: no rows, or times that are not full hours.
+            ValueError: no rows, times that are not full hours, or more than `MOST_HOURS`.
         """
         stamps = np.asarray(times, dtype="datetime64[s]")
         if not len(stamps):
@@ -82,6 +88,11 @@ class HourlySeries:
             raise ValueError(f"times must be full hours, got {odd} in {source}; resample first.")
         start = hours.min()
         length = int((hours.max() - start) / HOUR) + 1
+        if length > MOST_HOURS:
+            raise ValueError(
+                f"{source} must span at most {MOST_HOURS:,} hours, got {start} to {hours.max()}; "
+                "look for a mistyped year."
+            )
         index = ((hours - start) / HOUR).astype(int)
         held = {name: np.full(length, np.nan) for name in columns}
         seen = np.zeros(length, dtype=bool)
@@ -106,6 +117,26 @@ class HourlySeries:
             unordered_rows=int((np.diff(index) < 0).sum()),
         )
         return cls(start, held, quality, source)
+
+    def screened(self, quantity: str, *others: str) -> HourlySeries:
+        """The same with implausible values missing, and counted; see `plausibility.RULE`.
+
+        Args:
+            quantity: what the first column is.
+            others: what the others are; by default the same.
+        """
+        quantities = (quantity, *(others or (quantity,) * (len(self.columns) - 1)))
+        columns, count = {}, 0
+        for (name, values), what in zip(self.columns.items(), quantities, strict=True):
+            wrong = implausible(values, what)
+            columns[name] = np.where(wrong, np.nan, values)
+            count += int(wrong.sum())
+        quality = replace(
+            self.quality,
+            missing_values=int(np.isnan(next(iter(columns.values()))).sum()),
+            implausible_values=self.quality.implausible_values + count,
+        )
+        return HourlySeries(self.start, columns, quality, self.source)
 
     def with_columns(self, others: HourlySeries) -> HourlySeries:
         """The same hours with more channels; what the others do not cover is missing.
@@ -132,7 +163,9 @@ class HourlySeries:
             if a < b:
                 column[a:b] = values[a - offset : b - offset]
             columns[name] = column
-        return HourlySeries(self.start, columns, self.quality, self.source)
+        count = self.quality.implausible_values + others.quality.implausible_values
+        quality = replace(self.quality, implausible_values=count)
+        return HourlySeries(self.start, columns, quality, self.source)
 
     def until(self, hours: int) -> HourlySeries:
         """The first `hours` hours."""
@@ -163,7 +196,17 @@ class HourlySeries:
         return starts, means
 
     def write_csv(self, path: Path, resolution: str = "hourly") -> None:
-        """Write all or nothing: to a neighbour first, then under the name."""
+        """Write all or nothing: to a neighbour first, then under the name.
+
+        Raises:
+            ValueError: a spreadsheet would take the name of a column for a formula.
+        """
+        formulas = [name for name in self.columns if name.lstrip()[:1] in tuple("=+-@")]
+        if formulas:
+            raise ValueError(
+                "names of columns must not begin with = + - or @, which spreadsheets run as "
+                f"formulas, got {formulas}; rename them."
+            )
         times, columns = self.resample(resolution)
         beside = path.with_name(path.name + ".part")
         path.parent.mkdir(parents=True, exist_ok=True)

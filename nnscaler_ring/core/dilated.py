@@ -19,7 +19,7 @@ from torch import Tensor
 from nnscaler_ring.core.chunks import InChunks
 from nnscaler_ring.core.engine import gradient_sums, partial_attention
 from nnscaler_ring.core.exchange import DirectPlan, ExchangePlan, KVExchange
-from nnscaler_ring.core.kernels import AttentionKernel
+from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors
 from nnscaler_ring.core.offered_rows import OfferedRows, OfferedRowsPlan
 from nnscaler_ring.core.plan.dilation import (
     Branch,
@@ -253,7 +253,7 @@ def dilated_backward(
             return _heads_together(queries.take(x))
 
         part_q, part_dout, part_out, part_lse = map(rows_of, (grouped, dout, out, softmax_lse))
-        part_dq, part_dk, part_dv = gradient_sums(
+        tensors = BackwardTensors(
             part_dout,
             None if dlse is None else rows_of(dlse).transpose(1, 2),
             part_q,
@@ -261,6 +261,9 @@ def dilated_backward(
             part.keys.take(v),
             part_out,
             part_lse.transpose(1, 2),
+        )
+        part_dq, part_dk, part_dv = gradient_sums(
+            tensors,
             exchange=_started(part, transport, chunks),
             kernel=kernel,
             scores=Scores(softmax_scale),

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nnscaler_ring.core.exchange import KVExchange
-from nnscaler_ring.core.kernels import AttentionKernel
+from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors
 from nnscaler_ring.core.scores.scores import Scores
 from nnscaler_ring.core.sums.online_softmax import PartialOutput
 from nnscaler_ring.core.sums.row_sum import RowSum
@@ -86,23 +86,14 @@ def partial_attention(
                 q[:, call.q],
                 step.k[:, call.k],
                 step.v[:, call.k],
-                softmax_scale=scores.softmax_scale,
-                window=call.window(),
-                mods=step_scores.of(call),
-                segments=call.segments,
+                step_scores.of(call),
             )
             partial.merge_(call.q, block_out, block_lse)
     return partial
 
 
 def attention_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
+    tensors: BackwardTensors,
     *,
     exchange: KVExchange,
     kernel: AttentionKernel,
@@ -110,9 +101,8 @@ def attention_backward(
     sinks: Tensor | None = None,
 ) -> Gradients:
     """Gradients from those of out and of softmax_lse. See Note [Global out and softmax_lse]."""
-    dq, dk, dv = gradient_sums(
-        dout, dlse, q, k, v, out, softmax_lse, exchange=exchange, kernel=kernel, scores=scores
-    )
+    dq, dk, dv = gradient_sums(tensors, exchange=exchange, kernel=kernel, scores=scores)
+    dout, dlse, q, k, v, out, softmax_lse = tensors
     return Gradients(
         dq.to(q.dtype).contiguous(),
         dk.to(k.dtype).contiguous(),
@@ -123,36 +113,14 @@ def attention_backward(
 
 
 def gradient_sums(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    *,
-    exchange: KVExchange,
-    kernel: AttentionKernel,
-    scores: Scores,
+    tensors: BackwardTensors, *, exchange: KVExchange, kernel: AttentionKernel, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `attention_backward` before they are rounded."""
-    dq = RowSum(q)
-    for step in exchange.gradient_steps(k, v):
-        step_scores = scores.of_keys(step.rows, q.device)
+    dq = RowSum(tensors.q)
+    for step in exchange.gradient_steps(tensors.k, tensors.v):
+        step_scores = scores.of_keys(step.rows, tensors.q.device)
         for call in kernel.calls(step.tiles, plain=scores.plain):
-            block = kernel.backward(
-                dout[:, call.q],
-                q[:, call.q],
-                step.k[:, call.k],
-                step.v[:, call.k],
-                out[:, call.q],
-                softmax_lse[..., call.q],
-                None if dlse is None else dlse[..., call.q],
-                softmax_scale=scores.softmax_scale,
-                window=call.window(),
-                mods=step_scores.of(call),
-                segments=call.segments,
-            )
+            block = kernel.backward(tensors.of_call(call, step.k, step.v), step_scores.of(call))
             dq.take_(call.q, block.dq)
             step.dk.take_(call.k, block.dk)
             step.dv.take_(call.k, block.dv)

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import GradientStep, Keys
-from nnscaler_ring.core.kernels import AttentionKernel, Problem, select_kernel
+from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors, Problem, select_kernel
 from nnscaler_ring.core.op.checks import check_dropout_p, check_mask, check_qkv, check_scale
 from nnscaler_ring.core.plan.layout import Contiguous
 from nnscaler_ring.core.plan.schedule import Mask, Schedule
 from nnscaler_ring.core.scores.dropout import Dropout, seed_tensor
 from nnscaler_ring.core.scores.scores import Scores
+from nnscaler_ring.core.shape import AttentionShape
 from nnscaler_ring.core.sums.row_sum import RowSum
 
 
@@ -99,13 +100,7 @@ class _LocalRing(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), RowSum(k), RowSum(v)
         for block, rows in enumerate(ring.rows):
             dq[:, rows], *_ = attention_backward(
-                dout[:, rows],
-                None,
-                q[:, rows],
-                k,
-                v,
-                out[:, rows],
-                lse[block],
+                BackwardTensors(dout[:, rows], None, q[:, rows], k, v, out[:, rows], lse[block]),
                 exchange=_Order(ring, block, dk, dv),
                 kernel=ring.kernel,
                 scores=ring.scores(block),
@@ -126,15 +121,7 @@ class _Ring:
         self.scale = check_scale(None, q.shape[-1])
         seed = seed_tensor(dropout_p, None)
         self.dropout = None if seed is None else Dropout(dropout_p, seed, 0, 0)
-        problem = Problem(
-            q.device.type,
-            q.dtype,
-            q.shape[2],
-            k.shape[2],
-            q.shape[3],
-            v.shape[3],
-            dropout=dropout_p > 0,
-        )
+        problem = Problem.of(AttentionShape.of(q, k, v), dropout=dropout_p > 0)
         self.kernel: AttentionKernel = select_kernel("auto", problem)
 
     def scores(self, block: int) -> Scores:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.exchange import GradientStep, Keys, KVExchange
-from nnscaler_ring.core.kernels import AttentionKernel
-from nnscaler_ring.core.kernels.tile_math import TileGradients
+from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors, TileGradients
 from nnscaler_ring.core.plan.tile import KernelCall, Tile
+from nnscaler_ring.core.scores.scores import TileScores
 from nnscaler_ring.simulator.live_bytes import LiveBytes
 from nnscaler_ring.simulator.memory import predict_memory, traits_of
 from nnscaler_ring.simulator.simulator import RingAttentionSimulator
@@ -151,15 +151,15 @@ class _WatchedKernel:
     def calls(self, tiles: Sequence[Tile], *, plain: bool) -> Sequence[KernelCall]:
         return self.inner.calls(tiles, plain=plain)
 
-    def forward(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        return self._watched(self.inner.forward, tensors, options)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> tuple[Tensor, Tensor]:
+        return self._watched(self.inner.forward, q, k, v, scores)
 
-    def backward(self, *tensors: Tensor | None, **options: Any) -> TileGradients:
-        return self._watched(self.inner.backward, tensors, options)
+    def backward(self, tensors: BackwardTensors, scores: TileScores) -> TileGradients:
+        return self._watched(self.inner.backward, tensors, scores)
 
-    def _watched(self, compute: Any, tensors: Any, options: Any) -> Any:
+    def _watched(self, compute: Any, *arguments: Any) -> Any:
         with self.meter.making("temp_scores"):
-            results = compute(*tensors, **options)
+            results = compute(*arguments)
         for x in results:
             if x is not None:
                 self.meter.move(x, "block")

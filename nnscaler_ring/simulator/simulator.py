@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.engine import Gradients, attention_backward, attention_forward
 from nnscaler_ring.core.exchange import KVExchange
-from nnscaler_ring.core.kernels import AttentionKernel, select_kernel
+from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors, select_kernel
 from nnscaler_ring.core.plan.schedule import Rows
 from nnscaler_ring.core.ranks.groups import Traffic
 from nnscaler_ring.core.scores.scores import Scores
@@ -245,13 +245,7 @@ class RingAttentionSimulator:
         transport = stand_in(plan, rank, self._peers, backward=True, aside=watch.aside)
         with watch.running():
             gradients = attention_backward(
-                own.dout,
-                None,
-                own.q,
-                k,
-                v,
-                own.out,
-                own.softmax_lse,
+                BackwardTensors(own.dout, None, own.q, k, v, own.out, own.softmax_lse),
                 exchange=watch.exchange(plan.start(transport)),
                 kernel=watch.kernel(self.kernel),
                 scores=self._scores(rank, watch, dbias=True),

@@ -29,7 +29,7 @@ from nnscaler_ring.core.exchange import (
     RingPlan,
 )
 from nnscaler_ring.core.exchange.rounds import Rounds
-from nnscaler_ring.core.kernels import AttentionKernel
+from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors
 from nnscaler_ring.core.plan.schedule import Rows, Schedule
 from nnscaler_ring.core.plan.tile import Tile
 from nnscaler_ring.core.ranks.groups import Place, Traffic
@@ -83,13 +83,7 @@ class Peers:
         peer = self.shares.queries(rank)
         step = _OneStep(tiles, rows)
         attention_backward(
-            peer.dout,
-            None,
-            peer.q,
-            k,
-            v,
-            peer.out,
-            peer.softmax_lse,
+            BackwardTensors(peer.dout, None, peer.q, k, v, peer.out, peer.softmax_lse),
             exchange=step,
             kernel=self.kernel,
             scores=self.scores(rank),

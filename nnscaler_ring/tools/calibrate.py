@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nnscaler_ring import traffic, wrap_ring_attn_func, wrap_zigzag_attn_func
-from nnscaler_ring.core.kernels import select_kernel
+from nnscaler_ring.core.kernels import BackwardTensors, select_kernel
 from nnscaler_ring.core.plan.schedule import Mask
 from nnscaler_ring.core.plan.tile import Tile, trim
 from nnscaler_ring.core.ranks.groups import find_place, group_string
 from nnscaler_ring.core.ranks.transport import Message, Transport
+from nnscaler_ring.core.scores.scores import TileScores
 from nnscaler_ring.core.sums.online_softmax import merge_
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.cluster import Cluster, Link, Rates
@@ -242,19 +244,10 @@ def _measure_kernels(rank: Rank, dtype: str) -> tuple[list[float], list[float]]:
     for tile in _tiles():
         shapes = [(1, n, HEADS, HEAD_DIM) for n in (tile.q1, tile.k1, tile.k1, tile.q1)]
         q, k, v, dout = (torch.randn(shape, dtype=sizes.torch_dtype) for shape in shapes)
-        options: dict[str, Any] = {"softmax_scale": 0.125, "window": tile.window(), "mods": None}
-
-        def run(
-            q: Tensor = q, k: Tensor = k, v: Tensor = v, options: dict[str, Any] = options
-        ) -> tuple[Tensor, Tensor]:
-            return kernel.forward(q, k, v, **options)
-
-        out, lse = run()
-        results = dout, q, k, v, out, lse, None
-        forward.append(_median_seconds(run))
-        backward.append(
-            _median_seconds(lambda some=results, o=options: kernel.backward(*some, **o))  # type: ignore[misc]
-        )
+        scores = TileScores(0.125, tile.window())
+        tensors = BackwardTensors(dout, None, q, k, v, *kernel.forward(q, k, v, scores))
+        forward.append(_median_seconds(partial(kernel.forward, q, k, v, scores)))
+        backward.append(_median_seconds(partial(kernel.backward, tensors, scores)))
     return forward, backward
 
 

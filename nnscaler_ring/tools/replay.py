@@ -23,7 +23,7 @@ from torch import Tensor
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import DirectPlan
 from nnscaler_ring.core.exchange.rounds import Round
-from nnscaler_ring.core.kernels import AttentionKernel, Problem, select_kernel
+from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors, Problem, select_kernel
 from nnscaler_ring.core.plan.schedule import Mask
 from nnscaler_ring.core.plan.tile import UNBOUNDED
 from nnscaler_ring.core.ranks.groups import Place, Traffic
@@ -218,8 +218,12 @@ class Replay:
             out, lse = attention_forward(q, k, v, exchange=exchange(), kernel=kernel, scores=scores)
             if not self.case.backward:
                 return out, None
+            tensors = BackwardTensors(dout, None, q, k, v, out, lse)
             gradients = attention_backward(
-                dout, None, q, k, v, out, lse, exchange=exchange(), kernel=kernel, scores=scores
+                tensors,
+                exchange=exchange(),
+                kernel=kernel,
+                scores=scores,
             )
             return out, gradients.dq
 

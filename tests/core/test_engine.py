@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import GradientStep, Keys
+from nnscaler_ring.core.kernels import BackwardTensors
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
 from nnscaler_ring.core.plan.tile import Tile
@@ -66,7 +67,7 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, kernel)
         mine = qs[rank], ks[rank], vs[rank]
         out, lse = attention_forward(*mine, exchange=exchange, **options)
         dq, *_ = attention_backward(
-            douts[rank], None, *mine, out, lse, exchange=exchange, **options
+            BackwardTensors(douts[rank], None, *mine, out, lse), exchange=exchange, **options
         )
         for source, (dk, dv) in enumerate(exchange.sums):
             dks[source] += dk.current().to(q.dtype)
@@ -96,9 +97,9 @@ def test_any_layout_mask_and_packing_equals_dense(kernel):
 class LocalNormaliser(Reference):
     """What a tile's backward must not do: take the out and lse of the tile alone."""
 
-    def backward(self, dout, q, k, v, out, softmax_lse, dlse, **options):
-        local = self.forward(q, k, v, **options)
-        return super().backward(dout, q, k, v, *local, dlse, **options)
+    def backward(self, tensors, scores):
+        out, lse = self.forward(tensors.q, tensors.k, tensors.v, scores)
+        return super().backward(tensors._replace(out=out, softmax_lse=lse), scores)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
@@ -116,9 +117,9 @@ class Spy(Reference):
     def __init__(self) -> None:
         self.given: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def backward(self, dout, q, k, v, out, softmax_lse, dlse, **options):
-        self.given.append((q, out, softmax_lse))
-        return super().backward(dout, q, k, v, out, softmax_lse, dlse, **options)
+    def backward(self, tensors, scores):
+        self.given.append((tensors.q, tensors.out, tensors.softmax_lse))
+        return super().backward(tensors, scores)
 
 
 def test_every_tile_is_given_the_merged_out_and_lse_of_its_rows():
@@ -185,7 +186,8 @@ def test_positions_are_copied_to_the_device_for_what_depends_on_them():
     slopes = torch.ones(1, 2)
     for mods, place in (({"softcap": 2.0}, "cpu"), ({"alibi_slopes": slopes}, "meta")):
         scores = Scores(SCALE, problem.schedule, 0, **mods)
-        mods_of_tile = scores.of_keys(((0, 0, 8),), torch.device("meta")).of(Tile(0, 4, 0, 4))
+        step = scores.of_keys(((0, 0, 8),), torch.device("meta"))
+        mods_of_tile = step.of(Tile(0, 4, 0, 4)).mods
         assert mods_of_tile is not None
         for x in (*mods_of_tile.q, *mods_of_tile.k):
             assert x.device.type == place

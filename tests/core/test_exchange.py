@@ -11,6 +11,7 @@ import nnscaler_ring
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import EXCHANGES, DirectPlan, ExchangePlan
 from nnscaler_ring.core.exchange import rounds as rounds_module
+from nnscaler_ring.core.kernels import BackwardTensors
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
 from nnscaler_ring.core.plan.layout import LAYOUTS
@@ -268,8 +269,11 @@ def run_plans(ranks: list[int], cases: list[tuple]) -> list[tuple]:
         start = counted.copy()
         out, lse = attention_forward(q, k, v, exchange=plan.start(transport), **options)
         middle = counted.copy()
+        tensors = BackwardTensors(dout, None, q, k, v, out, lse)
         grads = attention_backward(
-            dout, None, q, k, v, out, lse, exchange=plan.start(transport), **options
+            tensors,
+            exchange=plan.start(transport),
+            **options,
         )[:3]
         results.append(([out, lse, *grads], middle - start, counted.copy() - middle))
     return results

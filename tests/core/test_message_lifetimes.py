@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
+from nnscaler_ring.core.kernels import BackwardTensors
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.plan.moves import plan_moves
@@ -117,8 +118,11 @@ def both_passes(problem: Problem, seed: int, name: str, keys: int) -> list[list[
         plan = plan_of(name, problem, block, keys)
         options: dict[str, Any] = {"kernel": Reference(), "scores": Scores(0.4)}
         out, lse = attention_forward(q, k, v, exchange=plan.start(transport), **options)
+        tensors = BackwardTensors(dout, None, q, k, v, out, lse)
         gradients = attention_backward(
-            dout, None, q, k, v, out, lse, exchange=plan.start(transport), **options
+            tensors,
+            exchange=plan.start(transport),
+            **options,
         )
         return [out, lse, *gradients[:3]]
 

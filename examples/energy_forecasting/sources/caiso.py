@@ -9,15 +9,20 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import lzma
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
+from examples.energy_forecasting.plausibility import ANY, DEMAND
 from examples.energy_forecasting.series import HOUR, HourlySeries
 from examples.energy_forecasting.sources.eia import check_range
 from examples.energy_forecasting.sources.http import EmptyRangeError, PatientHttp, SourceError
+from examples.energy_forecasting.sources.replies import finite_number, full_hour, shown
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +31,18 @@ WINDOW_HOURS = 31 * 24
 SPACING_SECONDS = 5.0
 WHOLE_AREA = "CA ISO-TAC"
 NORTHERN_HUB = "TH_NP15_GEN-APND"
+LARGEST_ARCHIVE = 64 << 20
+"""Bytes of all members of a ZIP, unpacked; a month of all areas has about 5 MB."""
+
+MOST_MEMBERS = 16
+BROKEN = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError),
+    RuntimeError,  # encrypted, or packed by a method that zipfile does not know
+)
+"""What reading a ZIP may raise."""
+
+DAY = 24 * HOUR
+"""OASIS may give the whole trading days that hold the hours it was asked for."""
 
 
 class CAISOClient:
@@ -57,12 +74,14 @@ class CAISOClient:
             SourceError: an error document, another file than announced, or no answer.
         """
         query = {"queryname": "SLD_FCST", "market_run_id": "ACTUAL", "version": "1"}
-        return self._fetch(query, "TAC_AREA_NAME", area, "MW", "demand", start_date, end_date)
+        series = self._fetch(query, "TAC_AREA_NAME", area, "MW", "demand", start_date, end_date)
+        return series.screened(DEMAND)
 
     def get_price(self, start_date: str, end_date: str, node: str = NORTHERN_HUB) -> HourlySeries:
         """Hourly day-ahead price of a node in $/MWh (PRC_LMP)."""
         query = {"queryname": "PRC_LMP", "market_run_id": "DAM", "version": "12", "node": node}
-        return self._fetch(query, "LMP_TYPE", "LMP", "MW", "price", start_date, end_date)
+        series = self._fetch(query, "LMP_TYPE", "LMP", "MW", "price", start_date, end_date)
+        return series.screened(ANY)
 
     def _fetch(
         self,
@@ -75,7 +94,9 @@ class CAISOClient:
         end_date: str,
     ) -> HourlySeries:
         name = query["queryname"]
-        times, values, others = [], [], set()
+        times: list[np.datetime64] = []
+        values: list[float] = []
+        others: set[str] = set()
         for first, last in windows(start_date, end_date):
             params = {
                 **query,
@@ -86,42 +107,78 @@ class CAISOClient:
             for row in self._rows(name, params):
                 missing = {"INTERVALSTARTTIME_GMT", key, value} - set(row)
                 if missing:
-                    raise SourceError(
-                        f"OASIS {name} must have {sorted(missing)}, got {sorted(row)}."
-                    )
+                    got = shown(", ".join(map(str, row)))
+                    raise SourceError(f"OASIS {name} must have {sorted(missing)}, got {got}.")
                 if row[key] != wanted:
-                    others.add(row[key])
+                    others.add(shown(row[key]))
                     continue
-                times.append(np.datetime64(row["INTERVALSTARTTIME_GMT"][:19], "h"))
-                values.append(float(row[value]) if row[value] else np.nan)
+                what = f"INTERVALSTARTTIME_GMT of OASIS {name}"
+                hour = full_hour(row["INTERVALSTARTTIME_GMT"], what, first - DAY, last + DAY)
+                times.append(hour)
+                text = row[value]
+                what = f"{value} of OASIS {name} at {hour}"
+                values.append(finite_number(text, what) if text else np.nan)
             logger.info("OASIS %s: %d rows until %s", name, len(times), last)
         if not times:
+            found = f"[{', '.join(sorted(others)[:20])}]" if others else "none at all"
             raise EmptyRangeError(
                 f"OASIS {name} has no rows of {key}={wanted!r} from {start_date} to {end_date}; it "
-                f"has {sorted(others) or 'none at all'}."
+                f"has {found}."
             )
         source = f"CAISO OASIS {name} {wanted}"
         return HourlySeries.from_rows(times, {column: np.array(values)}, source)
 
-    def _rows(self, name: str, params: Mapping[str, str]) -> list[dict[str, str]]:
+    def _rows(self, name: str, params: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        """The rows of all tables in the reply; none where OASIS says that there is no data."""
         reply = self._http.get(self._url, params)
-        if reply.status_code != 200:
-            raise SourceError(f"OASIS answered {name} with HTTP {reply.status_code}.")
-        try:
-            archive = zipfile.ZipFile(io.BytesIO(reply.content))
-        except zipfile.BadZipFile:
-            kind = reply.headers.get("Content-Type", "nothing")
-            raise SourceError(f"OASIS must answer {name} with a ZIP, got {kind}.") from None
-        rows: list[dict[str, str]] = []
-        for member in archive.namelist():
-            data = archive.read(member)
+        if reply.status != 200:
+            raise SourceError(f"OASIS answered {name} with HTTP {reply.status}.")
+        for member, data in _members(name, reply.body, reply.content_type):
             if member.lower().endswith(".xml"):
                 code, text = _error_of(data)
                 if code == "1000":  # "No data returned for the specified selection"
                     continue
-                raise SourceError(f"OASIS refuses {name}: {code} {text}")
-            rows += csv.DictReader(io.StringIO(data.decode("utf-8-sig")))
-        return rows
+                raise SourceError(f"OASIS refuses {name}: {code[:20]} {shown(text)[1:-1]}")
+            try:
+                yield from csv.DictReader(io.StringIO(data.decode("utf-8-sig")))
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise SourceError(
+                    f"OASIS must answer {name} with a table in UTF-8, got one that cannot be read "
+                    f"({error})."
+                ) from None
+
+
+def _members(name: str, archive: bytes, content_type: str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a ZIP's members, of at most `LARGEST_ARCHIVE` bytes in all.
+
+    What a ZIP says of its own sizes is not believed: members are read up to the bound.
+    """
+    left = LARGEST_ARCHIVE
+    try:
+        with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+            members = opened.infolist()
+            if len(members) > MOST_MEMBERS:
+                raise SourceError(
+                    f"OASIS must answer {name} with at most {MOST_MEMBERS} files in a ZIP, got "
+                    f"{len(members)}."
+                )
+            for member in members:
+                with opened.open(member) as file:
+                    data = file.read(left + 1)
+                left -= len(data)
+                if left < 0:
+                    raise SourceError(
+                        f"OASIS answers {name} with a ZIP of more than {LARGEST_ARCHIVE:,} bytes "
+                        "when unpacked; ask for a shorter range."
+                    )
+                yield member.filename, data
+    except BROKEN as error:
+        if isinstance(error, SourceError):
+            raise
+        raise SourceError(
+            f"OASIS must answer {name} with a ZIP, got {shown(content_type)[1:-1]}, which is none "
+            f"that can be read ({type(error).__name__})."
+        ) from None
 
 
 def windows(start_date: str, end_date: str) -> Iterator[tuple[np.datetime64, np.datetime64]]:
@@ -142,7 +199,7 @@ def _error_of(document: bytes) -> tuple[str, str]:
     """Code and text of an error document."""
     try:
         root = ElementTree.fromstring(document)
-    except ElementTree.ParseError:
+    except (ElementTree.ParseError, ValueError, LookupError):  # broken, or an unknown encoding
         return "?", "an XML document that cannot be read"
     found = {
         element.tag.rpartition("}")[2]: (element.text or "").strip() for element in root.iter()

@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import numpy as np
 
+from examples.energy_forecasting.plausibility import ANY, DEMAND, RULE, is_no_demand
 from examples.energy_forecasting.series import TIME, HourlySeries
 
 TIME_COLUMNS = (TIME, "date_time", "datetime", "time", "timestamp", "period")
@@ -34,8 +35,11 @@ def read_csv(
     target: str | None = None,
     channels: Sequence[str] = (),
     time_zone: str = "UTC",
+    quantity: str = DEMAND,
 ) -> HourlySeries:
     """An hourly CSV file.
+
+    Rows that are empty are left out, also at hours that clocks skip.
 
     Args:
         time_column: None finds one of the usual names.
@@ -43,15 +47,26 @@ def read_csv(
         channels: more columns to keep.
         time_zone: of times without an offset, such as "America/Los_Angeles". Where clocks go back
             an hour comes twice: the first is daylight-saving time.
+        quantity: "demand" counts values that demand cannot have as missing, see
+            `plausibility.RULE`; "any" is for prices and all else that may be below 0.
 
     Raises:
-        ValueError: no rows, a missing column, a time or a number that cannot be read.
+        ValueError: no rows, a missing or doubled column, a time or a number that cannot be read, or
+            too many values that are no demand.
     """
     names = _names(path)
     target = _find(path, "target", target, TARGET_COLUMNS, names)
     for channel in channels:
         _find(path, "channels", channel, (), names)
     series = _read(path, time_column, [target, *(c for c in channels if c != target)], time_zone)
+    series = series.screened(quantity, *[ANY] * (len(series.columns) - 1))
+    count = series.quality.implausible_values
+    if quantity == DEMAND and is_no_demand(count, series.quality.rows):
+        raise ValueError(
+            f"{target} of {path.name} must be demand, got {count} values in "
+            f"{series.quality.rows} rows that are none ({RULE}); if it is something else, give "
+            "--quantity any."
+        )
     columns = dict(series.columns)
     return replace(series, columns={"demand": columns.pop(target), **columns})
 
@@ -63,7 +78,8 @@ def read_columns(path: Path, *, time_zone: str = "UTC") -> HourlySeries:
         ValueError: as `read_csv`.
     """
     time_column = _find(path, "time_column", None, TIME_COLUMNS, _names(path))
-    return _read(path, time_column, [n for n in _names(path) if n != time_column], time_zone)
+    names = [name for name in _names(path) if name != time_column]
+    return _read(path, time_column, names, time_zone).screened(ANY)
 
 
 def _names(path: Path) -> list[str]:
@@ -76,6 +92,11 @@ def _names(path: Path) -> list[str]:
         ) from None
     if not names:
         raise ValueError(f"{path.name} must begin with a line of column names, got an empty file.")
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(
+            f"{path.name} must have every column once, got {doubled} again; rename or drop them."
+        )
     return names
 
 
@@ -93,15 +114,32 @@ def _read(
     times: list[np.datetime64] = []
     columns: dict[str, list[float]] = {name: [] for name in wanted}
     seen: set[datetime] = set()
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            where = f"{path.name} line {reader.line_num}"
-            times.append(_time(row[time_column] or "", zone, seen, where))
-            for name in wanted:
-                columns[name].append(_number(row[name], name, where))
-            if row.get(FLAG, GOOD) not in (GOOD, None, ""):
-                columns[wanted[0]][-1] = np.nan
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            for row in reader:
+                where = f"{path.name} line {reader.line_num}"
+                if _is_blank(row):
+                    continue
+                if _is_longer(row):
+                    raise ValueError(
+                        f"rows must have as many values as there are names, got more in {where}; "
+                        "write numbers without a comma for thousands, or in quotation marks."
+                    )
+                values = {name: _number(row[name], name, where) for name in wanted}
+                is_empty = all(np.isnan(value) for value in values.values())
+                time = _time(row[time_column] or "", zone, seen, where, is_empty=is_empty)
+                if time is None:
+                    continue
+                times.append(time)
+                for name, value in values.items():
+                    columns[name].append(value)
+                if row.get(FLAG, GOOD) not in (GOOD, None, ""):
+                    columns[wanted[0]][-1] = np.nan
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(
+            f"{path.name} must be a CSV file in UTF-8, got one that cannot be read ({error})."
+        ) from None
     arrays = {name: np.array(values) for name, values in columns.items()}
     return HourlySeries.from_rows(times, arrays, path.name)
 
@@ -119,7 +157,22 @@ def _find(
     return found[0]
 
 
-def _time(text: str, zone: ZoneInfo, seen: set[datetime], where: str) -> np.datetime64:
+def _is_blank(row: dict[str, str]) -> bool:
+    """Whether a row has commas alone, as spreadsheets leave them behind a table."""
+    values = [value for name, value in row.items() if name is not None]
+    return not _is_longer(row) and not any(value and value.strip() for value in values)
+
+
+def _is_longer(row: dict[str, str]) -> bool:
+    """Whether a row has values behind the last column; csv gathers them under None."""
+    more: Sequence[str] = row.get(None, ())  # type: ignore[call-overload]
+    return any(value.strip() for value in more)
+
+
+def _time(
+    text: str, zone: ZoneInfo, seen: set[datetime], where: str, *, is_empty: bool
+) -> np.datetime64 | None:
+    """The UTC time of a row; None of an empty one at an hour that clocks skip."""
     try:
         # Python 3.10 does not read the Z.
         time = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text.strip()))
@@ -130,11 +183,20 @@ def _time(text: str, zone: ZoneInfo, seen: set[datetime], where: str) -> np.date
     if time.tzinfo is None:
         time = time.replace(tzinfo=zone, fold=int(time in seen and _is_twice(time, zone)))
         seen.add(time.replace(tzinfo=None, fold=0))
-    utc = time.astimezone(timezone.utc)
+    try:
+        utc = time.astimezone(timezone.utc)
+    except OverflowError:
+        raise ValueError(
+            f"times must be in the years 1 to 9999 of UTC, got {text!r} in {where}."
+        ) from None
+    if utc.microsecond:
+        raise ValueError(f"times must be full hours, got {text!r} in {where}; resample first.")
     if (
         utc.astimezone(zone).replace(tzinfo=None) != time.replace(tzinfo=None)
         and time.tzinfo is zone
     ):
+        if is_empty:
+            return None
         raise ValueError(
             f"{text!r} in {where} does not exist in {zone.key}: clocks go forward then."
         )

@@ -13,12 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from examples.energy_forecasting.series import HOUR, HourlySeries
+from examples.energy_forecasting.plausibility import ANY, DEMAND
+from examples.energy_forecasting.series import HOUR, MOST_HOURS, HourlySeries
 from examples.energy_forecasting.sources.http import (
     EmptyRangeError,
     PatientHttp,
     SourceError,
     WrongKeyError,
+)
+from examples.energy_forecasting.sources.replies import (
+    LONGEST_QUOTE,
+    finite_number,
+    full_hour,
+    hidden_in_errors,
+    hide,
+    shown,
+    whole_number,
 )
 
 logger = logging.getLogger(__name__)
@@ -27,6 +37,9 @@ URL = "https://api.eia.gov/v2/electricity/rto"
 KEY_VARIABLE = "EIA_API_KEY"
 PAGE_ROWS = 5000
 """The most rows that the API gives in one reply."""
+
+MOST_COLUMNS = 100
+"""Fuels or sub-regions of a region; the EIA has fewer than 20."""
 
 
 class EIAClient:
@@ -79,85 +92,144 @@ class EIAClient:
             ValueError: a wrong region or range.
         """
         facets = {"respondent": check_code("region", region), "type": "D"}
-        rows = self._rows("region-data", facets, start_date, end_date)
-        return _series(rows, lambda row: "demand", f"EIA region-data {region} D")
+        return self._series("region-data", facets, start_date, end_date).screened(DEMAND)
 
     def get_generation_mix(self, region: str, start_date: str, end_date: str) -> HourlySeries:
         """Hourly net generation in MW, one column per fuel: generation_SUN, generation_NG, ..."""
         facets = {"respondent": check_code("region", region)}
-        rows = self._rows("fuel-type-data", facets, start_date, end_date, "fueltype")
-        name = "generation_{fueltype}".format_map
-        return _series(rows, name, f"EIA fuel-type-data {region}")
+        series = self._series("fuel-type-data", facets, start_date, end_date, "fueltype")
+        return series.screened(ANY)
 
     def get_subregion_demand(self, region: str, start_date: str, end_date: str) -> HourlySeries:
         """Hourly demand in MW, one column per sub-region of a balancing authority."""
         facets = {"parent": check_code("region", region)}
-        rows = self._rows("region-sub-ba-data", facets, start_date, end_date, "subba")
-        return _series(rows, "demand_{subba}".format_map, f"EIA region-sub-ba-data {region}")
+        series = self._series("region-sub-ba-data", facets, start_date, end_date, "subba")
+        return series.screened(DEMAND)
 
-    def _rows(
+    def _series(
         self,
         route: str,
         facets: Mapping[str, str],
         start_date: str,
         end_date: str,
-        *more_keys: str,
+        kind: str | None = None,
+    ) -> HourlySeries:
+        """A column "demand", or one for each `kind` of row: demand_PGAE, generation_SUN.
+
+        `kind`: the field of a row whose codes the columns are named by.
+        """
+        first, last = check_range(start_date, end_date)
+        with hidden_in_errors(self._key):
+            rows = self._rows(route, facets, first, last, kind)
+        found: dict[tuple[str, np.datetime64], float] = {}
+        source = " ".join(["EIA", route, *facets.values()])
+        with hidden_in_errors(self._key):
+            for row in rows:
+                hour = full_hour(row.get("period"), f"a period of {source}", first, last)
+                name = _column(row, kind, source)
+                if "value" not in row:
+                    raise SourceError(
+                        f"{source}: rows must have a value, got columns {shown(', '.join(row))}."
+                    )
+                value = row["value"]
+                is_missing = value is None or value == ""
+                what = f"a value of {source} at {hour}"
+                found[name, hour] = np.nan if is_missing else finite_number(value, what)
+        if len(found) != len(rows):
+            raise SourceError(
+                f"EIA announced {len(rows)} rows of {route} and gave {len(rows)}, {len(found)} of "
+                "them different; try again."
+            )
+        names = list(dict.fromkeys(name for name, _ in found))
+        hours = sorted({hour for _, hour in found})
+        columns = {
+            name: np.array([found.get((name, hour), np.nan) for hour in hours]) for name in names
+        }
+        return HourlySeries.from_rows(hours, columns, source)
+
+    def _rows(
+        self,
+        route: str,
+        facets: Mapping[str, str],
+        first: np.datetime64,
+        last: np.datetime64,
+        kind: str | None,
     ) -> list[dict[str, Any]]:
         """All pages, in a stable order, counted."""
-        first, last = check_range(start_date, end_date)
-        order = ["period", *facets, *more_keys]
+        order = ["period", *facets, *([] if kind is None else [kind])]
         params = {"frequency": "hourly", "data[0]": "value", "start": str(first), "end": str(last)}
         params |= {f"facets[{name}][]": value for name, value in facets.items()}
         for n, column in enumerate(order):
             params |= {f"sort[{n}][column]": column, f"sort[{n}][direction]": "asc"}
+        most = (int((last - first) / HOUR) + 1) * (1 if kind is None else MOST_COLUMNS)
         rows: list[dict[str, Any]] = []
         total: int | None = None
+        pages = 0
         while total is None or len(rows) < total:
             paging = {"offset": str(len(rows)), "length": str(PAGE_ROWS)}
             page = self._page(f"{self._url}/{route}/data/", params | paging)
-            announced = int(page["total"])
+            # Twice what there can be: rows that come twice have an error of their own.
+            announced = whole_number(page["total"], f"EIA's total of {route}", largest=2 * most)
             if total not in (None, announced):
                 raise SourceError(
                     f"EIA announced {total} rows of {route}, then {announced}: the data changed "
                     "while it was read; try again."
                 )
-            total = announced
+            total, pages = announced, pages + 1
             if not page["data"] and len(rows) < total:
                 raise SourceError(f"EIA announced {total} rows of {route} but gave {len(rows)}.")
             rows += page["data"]
+            if len(rows) > total:
+                raise SourceError(f"EIA announced {total} rows of {route} but gave {len(rows)}.")
+            if pages > 2 * (total // PAGE_ROWS) + 10:
+                raise SourceError(
+                    f"EIA gave {len(rows)} of {total} rows of {route} in {pages} pages; ask for a "
+                    "shorter range."
+                )
             logger.info("EIA %s: %d of %d rows", route, len(rows), total)
         if not rows:
             raise EmptyRangeError(
                 f"EIA has no rows of {route} for {dict(facets)} from {first} to {last}; check the "
                 "region's code and the dates (hourly data begins in 2015 or 2019)."
             )
-        keys = [tuple(row.get(name) for name in order) for row in rows]
-        if len(rows) != total or len(set(keys)) != len(keys):
-            raise SourceError(
-                f"EIA announced {total} rows of {route} and gave {len(rows)}, {len(set(keys))} of "
-                "them different; try again."
-            )
         return rows
 
     def _page(self, url: str, params: Mapping[str, str]) -> dict[str, Any]:
         reply = self._http.get(url, params, {"X-Api-Key": self._key})
-        if reply.status_code in (401, 403):
+        if reply.status in (401, 403):
             raise WrongKeyError(
-                f"EIA refuses the api_key (HTTP {reply.status_code}); check {KEY_VARIABLE}, or get "
+                f"EIA refuses the api_key (HTTP {reply.status}); check {KEY_VARIABLE}, or get "
                 "a key at https://www.eia.gov/opendata/."
             )
         try:
             body = reply.json()
         except ValueError:
-            body = {}
-        if reply.status_code != 200 or "response" not in body:
-            reason = str(body.get("error", "no JSON"))[:200].replace(self._key, "***")
-            raise SourceError(f"EIA answered HTTP {reply.status_code}: {reason}")
-        response: dict[str, Any] = body["response"]
+            body = None
+        response = body.get("response") if isinstance(body, dict) else None
+        if reply.status != 200 or not isinstance(response, dict):
+            told = body.get("error", "no response") if isinstance(body, dict) else "no JSON object"
+            # Hidden before it is cut: a part of the key must not remain.
+            reason = hide(told if isinstance(told, str) else shown(told), self._key)
+            raise SourceError(f"EIA answered HTTP {reply.status}: {reason[:LONGEST_QUOTE]}")
         missing = {"total", "data"} - set(response)
         if missing:
-            raise SourceError(f"EIA's answer must have {sorted(missing)}, got {sorted(response)}.")
+            raise SourceError(
+                f"EIA's answer must have {sorted(missing)}, got {shown(', '.join(response))}."
+            )
+        data = response["data"]
+        if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
+            raise SourceError(f"EIA's data must be a list of rows, got {shown(data)}.")
         return response
+
+
+def _column(row: Mapping[str, Any], kind: str | None, source: str) -> str:
+    """The column of a row."""
+    if kind is None:
+        return "demand"
+    code = row.get(kind)
+    if not isinstance(code, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,16}", code):
+        raise SourceError(f"{source}: {kind} must be a code such as 'SUN', got {shown(code)}.")
+    return f"{'generation' if kind == 'fueltype' else 'demand'}_{code}"
 
 
 def check_code(name: str, code: str) -> str:
@@ -183,18 +255,8 @@ def check_range(start_date: str, end_date: str) -> tuple[np.datetime64, np.datet
     first, last = hours[0], hours[1] - HOUR
     if first > last:
         raise ValueError(f"start_date must be before end_date, got {start_date} and {end_date}.")
+    if last - first >= MOST_HOURS * HOUR:
+        raise ValueError(
+            f"a range must be shorter than {MOST_HOURS:,} hours, got {start_date} to {end_date}."
+        )
     return first, last
-
-
-def _series(rows: list[dict[str, Any]], name_of: Any, source: str) -> HourlySeries:
-    periods = sorted({row["period"] for row in rows})
-    index = {period: n for n, period in enumerate(periods)}
-    columns: dict[str, np.ndarray] = {}
-    for row in rows:
-        column = columns.setdefault(name_of(row), np.full(len(periods), np.nan))
-        value = row.get("value", "absent")
-        if value == "absent":
-            raise SourceError(f"{source}: rows must have a value, got columns {sorted(row)}.")
-        column[index[row["period"]]] = np.nan if value in (None, "") else float(value)
-    times = np.array(periods, dtype="datetime64[h]")
-    return HourlySeries.from_rows(times, columns, source)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from examples.energy_forecasting.plausibility import DEMAND
 from examples.energy_forecasting.series import HOUR, HourlySeries
 from examples.energy_forecasting.sources.eia import check_range
 from examples.energy_forecasting.sources.http import EmptyRangeError
@@ -46,9 +47,8 @@ def get_load(iso: str, start_date: str, end_date: str) -> HourlySeries:
         raise EmptyRangeError(
             f"gridstatus has no load of {iso} from {first} to {last} UTC; check the dates."
         )
-    return HourlySeries.from_rows(
-        series.times[kept], {"demand": series.target[kept]}, series.source
-    )
+    demand = {"demand": series.target[kept]}
+    return HourlySeries.from_rows(series.times[kept], demand, series.source).screened(DEMAND)
 
 
 def from_frame(frame: Any, iso: str) -> HourlySeries:

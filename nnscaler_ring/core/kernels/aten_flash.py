@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.kernels.contract import BackwardTensors
 from nnscaler_ring.core.kernels.flash_form import FlashCall, Packed
 
 aten = torch.ops.aten
@@ -32,16 +33,8 @@ class AtenFlash:
         )
         return out, softmax_lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        call: FlashCall,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, tensors: BackwardTensors, call: FlashCall) -> tuple[Tensor, Tensor, Tensor]:
+        dout, _, q, k, v, out, softmax_lse = tensors
         bounds, (left, right) = _bounds(q, k, call.packed), _edges(call)
         # The state of a generator that no dropout asks.
         seed, unused = q.new_empty(2, dtype=torch.uint64), q.new_empty((), dtype=torch.uint64)

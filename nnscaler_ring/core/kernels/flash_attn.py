@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.kernels import AttentionKernel, Problem
+from nnscaler_ring.core.kernels.contract import AttentionKernel, BackwardTensors, Problem
 from nnscaler_ring.core.kernels.flash_form import HEAD_DIMS, FlashCall, FlashKernel, Packed
 
 HALF = (torch.bfloat16, torch.float16)
@@ -244,16 +244,8 @@ class Library:
             softmax_lse = rows_of_segments(softmax_lse, call.packed, q.shape[0])
         return out, softmax_lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        call: FlashCall,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, tensors: BackwardTensors, call: FlashCall) -> tuple[Tensor, Tensor, Tensor]:
+        dout, _, q, k, v, out, softmax_lse = tensors
         function = self.functions.backward
         if call.packed is not None:
             function = self.functions.packed_backward
@@ -262,9 +254,9 @@ class Library:
                 softmax_lse = segments_of_rows(softmax_lse, call.packed)
         # Written in place: what is returned is another thing in every version.
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "dq": dq, "dk": dk, "dv": dv}
+        named = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "dq": dq, "dk": dk, "dv": dv}
         said = self._said(call) | {"softmax_lse": softmax_lse, "lse": softmax_lse}
-        function(**arguments(function, tensors | said | {"deterministic": call.deterministic}))
+        function(**arguments(function, named | said | {"deterministic": call.deterministic}))
         return dq, dk, dv
 
     def _said(self, call: FlashCall) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.kernels import Problem
+from nnscaler_ring.core.kernels.contract import BackwardTensors, Problem, TileGradients
 from nnscaler_ring.core.kernels.cuts import banded_tile
 from nnscaler_ring.core.kernels.head_dims import (
     aligned,
@@ -48,9 +48,8 @@ from nnscaler_ring.core.kernels.head_dims import (
     with_lse_columns,
 )
 from nnscaler_ring.core.kernels.score_blocks import blocks_backward
-from nnscaler_ring.core.kernels.tile_math import TileGradients
 from nnscaler_ring.core.plan.tile import KernelCall, Segments, Tile, batched, trim
-from nnscaler_ring.core.scores.scores import ScoreMods
+from nnscaler_ring.core.scores.scores import TileScores
 
 HEAD_DIMS = range(8, 257, 8)
 """Of q, k and v, that a library of the form computes if nothing else is known of it."""
@@ -88,16 +87,7 @@ class FlashLibrary(Protocol):
         """(out, softmax_lse [b, h, nq] or packed [h, rows])."""
         ...
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        call: FlashCall,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, tensors: BackwardTensors, call: FlashCall) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv), fresh, of the softmax that `softmax_lse` normalises."""
         ...
 
@@ -121,20 +111,10 @@ class FlashKernel:
         head_dim = max(self.problem.head_dim, self.problem.v_head_dim)
         return _calls(tuple(tiles), self.problem.num_heads * round_up(head_dim, 64))
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        softmax_scale: float,
-        window: tuple[int, int],
-        mods: ScoreMods | None,
-        segments: Segments | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> tuple[Tensor, Tensor]:
         """One call of the library."""
         batch, v_head_dim = q.shape[0], v.shape[-1]
-        call = self._call(softmax_scale, window, mods, segments, batch, q.device)
+        call = self._call(scores, batch, q.device)
         head_dim = self._next_head_dim(q.shape[-1], v_head_dim)
         q, k, v = (_packed(aligned(x), call) for x in to_head_dim(head_dim, q, k, v))
         out, softmax_lse = self.library.forward(q, k, v, call)
@@ -145,30 +125,16 @@ class FlashKernel:
             softmax_lse = softmax_lse.masked_fill(softmax_lse == torch.inf, -torch.inf)
         return out[..., :v_head_dim], softmax_lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        dlse: Tensor | None,
-        *,
-        softmax_scale: float,
-        window: tuple[int, int],
-        mods: ScoreMods | None,
-        segments: Segments | None = None,
-    ) -> TileGradients:
+    def backward(self, tensors: BackwardTensors, scores: TileScores) -> TileGradients:
         """One call of the library; a gradient of the lse takes columns beside v's channels."""
+        dout, dlse, q, k, v, out, softmax_lse = tensors
         batch, dims = q.shape[0], (q.shape[-1], k.shape[-1], v.shape[-1])
         if dlse is not None:
             if max(dims[0], dims[2] + lse_columns(q.dtype)) > self.head_dims[-1]:
-                tensors = dout, q, k, v, out, softmax_lse, dlse
-                tiles = _tiles_of(q.shape[1], k.shape[1], window, segments)
-                return blocks_backward(*tensors, tiles, softmax_scale=softmax_scale, mods=mods)
+                tiles = _tiles_of(q.shape[1], k.shape[1], scores.window, scores.segments)
+                return blocks_backward(tensors, tiles, scores)
             dout, v, out = with_lse_columns(dout, v, out, dlse)
-        call = self._call(softmax_scale, window, mods, segments, batch, q.device)
+        call = self._call(scores, batch, q.device)
         head_dim = self._next_head_dim(q.shape[-1], v.shape[-1])
         padded = to_head_dim(head_dim, dout, q, k, v, out)
         dout, q, k, v, out = (_packed(aligned(x), call) for x in padded)
@@ -176,7 +142,8 @@ class FlashKernel:
             # Note [What flash-attention reads otherwise]; in a tile every row sees a key.
             softmax_lse = softmax_lse.masked_fill(softmax_lse == -torch.inf, torch.inf)
             softmax_lse = softmax_lse.transpose(0, 1).flatten(1)
-        gradients = self.library.backward(dout, q, k, v, out, softmax_lse.contiguous(), call)
+        given = BackwardTensors(dout, None, q, k, v, out, softmax_lse.contiguous())
+        gradients = self.library.backward(given, call)
         if call.packed is not None:
             gradients = tuple(x.unflatten(0, (batch, -1)) for x in gradients)
         return TileGradients(*(x[..., :dim] for x, dim in zip(gradients, dims, strict=True)))
@@ -184,25 +151,17 @@ class FlashKernel:
     def _next_head_dim(self, *head_dims: int) -> int:
         return next(dim for dim in self.head_dims if dim >= max(head_dims))
 
-    def _call(
-        self,
-        softmax_scale: float,
-        window: tuple[int, int],
-        mods: ScoreMods | None,
-        segments: Segments | None,
-        batch: int,
-        device: torch.device,
-    ) -> FlashCall:
-        causal = window == (-1, 0)
-        left, right = (-1, -1) if causal else window
+    def _call(self, scores: TileScores, batch: int, device: torch.device) -> FlashCall:
+        causal = scores.window == (-1, 0)
+        left, right = (-1, -1) if causal else scores.window
         return FlashCall(
-            softmax_scale,
+            scores.softmax_scale,
             causal,
             left,
             right,
-            0.0 if mods is None else mods.softcap,
+            0.0 if scores.mods is None else scores.mods.softcap,
             self.problem.deterministic,
-            None if segments is None else _on_device(segments, batch, device),
+            None if scores.segments is None else _on_device(scores.segments, batch, device),
         )
 
 

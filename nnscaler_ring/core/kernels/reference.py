@@ -6,10 +6,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nnscaler_ring.core.kernels import AttentionKernel, Problem
-from nnscaler_ring.core.kernels.tile_math import TileGradients, tile_backward, tile_forward
-from nnscaler_ring.core.plan.tile import KernelCall, Segments, Tile
-from nnscaler_ring.core.scores.scores import ScoreMods
+from nnscaler_ring.core.kernels.contract import (
+    AttentionKernel,
+    BackwardTensors,
+    Problem,
+    TileGradients,
+)
+from nnscaler_ring.core.kernels.tile_math import tile_backward, tile_forward
+from nnscaler_ring.core.plan.tile import KernelCall, Tile
+from nnscaler_ring.core.scores.scores import TileScores
 
 
 class Reference:
@@ -31,45 +36,10 @@ class Reference:
         """Any band is one call."""
         return tiles
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        softmax_scale: float,
-        window: tuple[int, int],
-        mods: ScoreMods | None,
-        segments: Segments | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> tuple[Tensor, Tensor]:
         """Softmax over the visible keys, and its log-sum-exp."""
-        return tile_forward(q, k, v, softmax_scale=softmax_scale, window=window, mods=mods)
+        return tile_forward(q, k, v, scores)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        dlse: Tensor | None,
-        *,
-        softmax_scale: float,
-        window: tuple[int, int],
-        mods: ScoreMods | None,
-        segments: Segments | None = None,
-    ) -> TileGradients:
+    def backward(self, tensors: BackwardTensors, scores: TileScores) -> TileGradients:
         """Gradients of this tile's share of the softmax that `softmax_lse` normalises."""
-        return tile_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            softmax_lse,
-            dlse,
-            softmax_scale=softmax_scale,
-            window=window,
-            mods=mods,
-        )
+        return tile_backward(tensors, scores)

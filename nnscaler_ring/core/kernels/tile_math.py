@@ -5,61 +5,33 @@ Any device and dtype; the scores of the whole tile are built. Half precision is 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.scores.scores import ScoreMods
+from nnscaler_ring.core.kernels.contract import BackwardTensors, TileGradients
+from nnscaler_ring.core.scores.scores import ScoreMods, TileScores
 from nnscaler_ring.core.sums.online_softmax import accumulation_dtype
 
 
-class TileGradients(NamedTuple):
-    """Gradients of one tile; `dbias` [batch, num_heads, nq, nk] only where it was asked for."""
-
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    dbias: Tensor | None = None
-
-
-def tile_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    softmax_scale: float,
-    window: tuple[int, int],
-    mods: ScoreMods | None,
-) -> tuple[Tensor, Tensor]:
+def tile_forward(q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> tuple[Tensor, Tensor]:
     """Softmax over the visible keys, and its log-sum-exp; a row that sees none gives 0 and -inf."""
-    scores, _ = _scores(q, k, softmax_scale, window, mods)
-    softmax_lse = torch.logsumexp(scores, dim=-1)
-    probabilities = _probabilities(scores, softmax_lse)
-    factors = _dropout_factors(probabilities, mods)
+    logits, _ = _logits(q, k, scores)
+    softmax_lse = torch.logsumexp(logits, dim=-1)
+    probabilities = _probabilities(logits, softmax_lse)
+    factors = _dropout_factors(probabilities, scores.mods)
     if factors is not None:
         probabilities = probabilities * factors
     out = torch.einsum("bhqk,bkhd->bqhd", probabilities, _wide(v, q.shape[2]))
     return out.contiguous(), softmax_lse
 
 
-def tile_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dlse: Tensor | None,
-    *,
-    softmax_scale: float,
-    window: tuple[int, int],
-    mods: ScoreMods | None,
-) -> TileGradients:
+def tile_backward(tensors: BackwardTensors, scores: TileScores) -> TileGradients:
     """Gradients of this tile's share of the softmax that `softmax_lse` normalises."""
+    dout, dlse, q, k, v, out, softmax_lse = tensors
     num_heads, num_kv_heads = q.shape[2], k.shape[2]
-    scores, slope = _scores(q, k, softmax_scale, window, mods)
-    probabilities = _probabilities(scores, softmax_lse)
+    logits, slope = _logits(q, k, scores)
+    mods, softmax_scale = scores.mods, scores.softmax_scale
+    probabilities = _probabilities(logits, softmax_lse)
     q, dout, out = (_wide(x, num_heads) for x in (q, dout, out))
     k, v = _wide(k, num_heads), _wide(v, num_heads)
     dprobabilities = torch.einsum("bqhd,bkhd->bhqk", dout, v)
@@ -81,23 +53,21 @@ def tile_backward(
     )
 
 
-def _scores(
-    q: Tensor, k: Tensor, softmax_scale: float, window: tuple[int, int], mods: ScoreMods | None
-) -> tuple[Tensor, Tensor | None]:
+def _logits(q: Tensor, k: Tensor, scores: TileScores) -> tuple[Tensor, Tensor | None]:
     """[b, h, nq, nk], -inf where the window hides the key; and the slope of the softcap there."""
-    num_heads = q.shape[2]
-    scores = torch.einsum("bqhd,bkhd->bhqk", _wide(q, num_heads), _wide(k, num_heads))
-    scores = scores * softmax_scale
+    num_heads, mods = q.shape[2], scores.mods
+    logits = torch.einsum("bqhd,bkhd->bhqk", _wide(q, num_heads), _wide(k, num_heads))
+    logits = logits * scores.softmax_scale
     slope = None
     if mods is not None:
         if mods.softcap:
-            ratio = torch.tanh(scores / mods.softcap)
-            scores, slope = mods.softcap * ratio, 1 - ratio * ratio
-        added = mods.additions(scores.dtype)
+            ratio = torch.tanh(logits / mods.softcap)
+            logits, slope = mods.softcap * ratio, 1 - ratio * ratio
+        added = mods.additions(logits.dtype)
         if added is not None:
-            scores = scores + added
-    hidden = _hidden(q.shape[1], k.shape[1], window, q.device)
-    return (scores if hidden is None else scores.masked_fill(hidden, -torch.inf)), slope
+            logits = logits + added
+    hidden = _hidden(q.shape[1], k.shape[1], scores.window, q.device)
+    return (logits if hidden is None else logits.masked_fill(hidden, -torch.inf)), slope
 
 
 def _hidden(nq: int, nk: int, window: tuple[int, int], device: torch.device) -> Tensor | None:
@@ -114,10 +84,10 @@ def _hidden(nq: int, nk: int, window: tuple[int, int], device: torch.device) -> 
     return hidden
 
 
-def _probabilities(scores: Tensor, softmax_lse: Tensor) -> Tensor:
+def _probabilities(logits: Tensor, softmax_lse: Tensor) -> Tensor:
     # A bias may hide every key of a row: exp(-inf - inf) is the 0 that exp(-inf + inf) is not.
     finite = softmax_lse.masked_fill(softmax_lse == -torch.inf, torch.inf)
-    return torch.exp(scores - finite.unsqueeze(-1))
+    return torch.exp(logits - finite.unsqueeze(-1))
 
 
 def _dropout_factors(probabilities: Tensor, mods: ScoreMods | None) -> Tensor | None:

@@ -13,12 +13,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.kernels import AttentionKernel, Problem
+from nnscaler_ring.core.kernels.contract import (
+    AttentionKernel,
+    BackwardTensors,
+    Problem,
+    TileGradients,
+)
 from nnscaler_ring.core.kernels.cuts import banded_tile, fused_calls, score_blocks
 from nnscaler_ring.core.kernels.head_dims import to_head_dim, with_lse_columns
-from nnscaler_ring.core.kernels.tile_math import TileGradients, tile_backward, tile_forward
-from nnscaler_ring.core.plan.tile import UNBOUNDED, KernelCall, Segments, Tile
-from nnscaler_ring.core.scores.scores import ScoreMods
+from nnscaler_ring.core.kernels.tile_math import tile_backward, tile_forward
+from nnscaler_ring.core.plan.tile import UNBOUNDED, KernelCall, Tile
+from nnscaler_ring.core.scores.scores import TileScores
 
 aten = torch.ops.aten
 
@@ -58,73 +63,39 @@ class TorchCpu:
             return [call for tile in tiles for call in fused_calls(tile)]
         return [call for tile in tiles for call in score_blocks(tile, *SCORE_BLOCK)]
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        softmax_scale: float,
-        window: tuple[int, int],
-        mods: ScoreMods | None,
-        segments: Segments | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> tuple[Tensor, Tensor]:
         """One call of the fused kernel, or one block of scores."""
-        if mods is not None:
-            return tile_forward(q, k, v, softmax_scale=softmax_scale, window=window, mods=mods)
+        if scores.mods is not None:
+            return tile_forward(q, k, v, scores)
         v_head_dim = v.shape[-1]
-        is_causal, mask = _masking(q, k, window)
+        is_causal, mask = _masking(q, k, scores.window)
         out, softmax_lse = aten._scaled_dot_product_flash_attention_for_cpu(
             *(x.transpose(1, 2) for x in _to_kernel(q, k, v)),
             0.0,
             is_causal,
             attn_mask=mask,
-            scale=softmax_scale,
+            scale=scores.softmax_scale,
         )
         return out.transpose(1, 2)[..., :v_head_dim], softmax_lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        dlse: Tensor | None,
-        *,
-        softmax_scale: float,
-        window: tuple[int, int],
-        mods: ScoreMods | None,
-        segments: Segments | None = None,
-    ) -> TileGradients:
+    def backward(self, tensors: BackwardTensors, scores: TileScores) -> TileGradients:
         """The backward of the same, in float32 where half precision is coarser."""
-        if mods is not None:
-            return tile_backward(
-                dout,
-                q,
-                k,
-                v,
-                out,
-                softmax_lse,
-                dlse,
-                softmax_scale=softmax_scale,
-                window=window,
-                mods=mods,
-            )
+        if scores.mods is not None:
+            return tile_backward(tensors, scores)
+        dout, dlse, q, k, v, out, softmax_lse = tensors
         v_head_dim = v.shape[-1]
         if q.shape[1] < FULL_BLOCK_ROWS or dlse is not None:
             dout, q, k, v, out = (x.to(softmax_lse.dtype) for x in (dout, q, k, v, out))
         if dlse is not None:
             dout, v, out = with_lse_columns(dout, v, out, dlse)
-        is_causal, mask = _masking(q, k, window)
+        is_causal, mask = _masking(q, k, scores.window)
         gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(x.transpose(1, 2) for x in _to_kernel(dout, q, k, v, out)),
             softmax_lse,
             0.0,
             is_causal,
             attn_mask=mask,
-            scale=softmax_scale,
+            scale=scores.softmax_scale,
         )
         dims = (q.shape[-1], k.shape[-1], v_head_dim)
         dq, dk, dv = (

@@ -14,8 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.kernels import AttentionKernel, Problem
 from nnscaler_ring.core.kernels.aten_flash import AtenFlash
+from nnscaler_ring.core.kernels.contract import AttentionKernel, BackwardTensors, Problem
 from nnscaler_ring.core.kernels.flash_form import HEAD_DIMS, FlashCall, FlashKernel
 from nnscaler_ring.core.kernels.head_dims import round_up
 from nnscaler_ring.core.kernels.score_blocks import ScoreBlocks
@@ -129,18 +129,10 @@ class Cudnn:
         )
         return out.transpose(1, 2), softmax_lse.reshape(out.shape[:-1])
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        call: FlashCall,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, tensors: BackwardTensors, call: FlashCall) -> tuple[Tensor, Tensor, Tensor]:
+        dout, _, q, k, v, out, softmax_lse = tensors
         if not _is_for_cudnn(q, k, call):
-            return self._flash.backward(dout, q, k, v, out, softmax_lse, call)
+            return self._flash.backward(tensors, call)
         no_dropout = q.new_empty((), dtype=torch.int64)
         dout, q, out = (x.contiguous() for x in (dout, q, out))
         gradients = aten._scaled_dot_product_cudnn_attention_backward(

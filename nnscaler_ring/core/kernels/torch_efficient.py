@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnscaler_ring.core.kernels.contract import BackwardTensors, TileGradients
 from nnscaler_ring.core.kernels.cuts import fused_calls, is_top_left_causal, score_blocks
 from nnscaler_ring.core.kernels.head_dims import (
     aligned,
@@ -32,14 +33,13 @@ from nnscaler_ring.core.kernels.head_dims import (
     with_lse_columns,
 )
 from nnscaler_ring.core.kernels.tile_math import (
-    TileGradients,
     repeat_kv_heads,
     sum_kv_heads,
     tile_backward,
     tile_forward,
 )
-from nnscaler_ring.core.plan.tile import KernelCall, Segments, Tile
-from nnscaler_ring.core.scores.scores import ScoreMods
+from nnscaler_ring.core.plan.tile import KernelCall, Tile
+from nnscaler_ring.core.scores.scores import TileScores
 
 aten = torch.ops.aten
 
@@ -65,52 +65,28 @@ class Efficient:
             for call in fused_calls(block)
         ]
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        softmax_scale: float,
-        window: tuple[int, int],
-        mods: ScoreMods | None,
-        segments: Segments | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> tuple[Tensor, Tensor]:
         """One call of the kernel, or one small block of scores."""
-        assert segments is None and mods is None, (segments, mods)
+        assert scores.segments is None and scores.mods is None, scores
         nq, nk, v_head_dim = q.shape[1], k.shape[1], v.shape[-1]
-        mask = _mask_type(nq, nk, window)
+        mask = _mask_type(nq, nk, scores.window)
         if mask is None:
-            return tile_forward(q, k, v, softmax_scale=softmax_scale, window=window, mods=None)
+            return tile_forward(q, k, v, scores)
         q, k, v = _to_kernel(q, k, v)
         out, softmax_lse, *_ = aten._efficient_attention_forward(
-            q, k, v, None, None, None, nq, nk, 0.0, mask, True, scale=softmax_scale
+            q, k, v, None, None, None, nq, nk, 0.0, mask, True, scale=scores.softmax_scale
         )
         return out[..., :v_head_dim], softmax_lse[..., :nq]
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        dlse: Tensor | None,
-        *,
-        softmax_scale: float,
-        window: tuple[int, int],
-        mods: ScoreMods | None,
-        segments: Segments | None = None,
-    ) -> TileGradients:
+    def backward(self, tensors: BackwardTensors, scores: TileScores) -> TileGradients:
         """The backward of the same."""
-        assert segments is None and mods is None, (segments, mods)
+        assert scores.segments is None and scores.mods is None, scores
+        dout, dlse, q, k, v, out, softmax_lse = tensors
         nq, nk, num_kv_heads = q.shape[1], k.shape[1], k.shape[2]
         dims = q.shape[-1], k.shape[-1], v.shape[-1]
-        mask = _mask_type(nq, nk, window)
+        mask = _mask_type(nq, nk, scores.window)
         if mask is None:
-            tensors = dout, q, k, v, out, softmax_lse, dlse
-            return tile_backward(*tensors, softmax_scale=softmax_scale, window=window, mods=None)
+            return tile_backward(tensors, scores)
         if dlse is not None:
             dout, v, out = with_lse_columns(dout, v, out, dlse)
         q, k, v = _to_kernel(q, k, v)
@@ -135,7 +111,7 @@ class Efficient:
             no_dropout,
             mask,
             False,
-            scale=softmax_scale,
+            scale=scores.softmax_scale,
             # Sums over several splits of the keys come in any order.
             num_splits_key=1 if self.deterministic else None,
         )

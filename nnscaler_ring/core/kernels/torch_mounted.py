@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import attention
 
-from nnscaler_ring.core.kernels import AttentionKernel, Problem
 from nnscaler_ring.core.kernels.aten_flash import AtenFlash
+from nnscaler_ring.core.kernels.contract import AttentionKernel, Problem
 from nnscaler_ring.core.kernels.flash_attn import FLASH_ATTN, FlashAttn
 from nnscaler_ring.core.kernels.flash_form import FlashKernel
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
+from nnscaler_ring.core.kernels import BackwardTensors
 from nnscaler_ring.core.op.options import (
     EXTRAS_SCHEMA,
     OPTIONS_SCHEMA,
@@ -129,13 +130,7 @@ def attention_backward_op(
         dlse = moved_dlse[0] if moved_dlse else None
     bias = _dense_bias(packed, extras.bias)
     dq, dk, dv, dbias, dsinks = attention_backward(
-        dout,
-        dlse,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
+        BackwardTensors(dout, dlse, q, k, v, out, softmax_lse),
         exchange=run.plan.exchange.start(transport),
         kernel=run.kernel,
         scores=run.scores(extras, bias, extras.dropout_seed),

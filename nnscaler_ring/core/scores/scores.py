@@ -6,12 +6,13 @@ The order is flash-attn's: scale, softcap, bias and ALiBi, mask, softmax, dropou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nnscaler_ring.core.plan.schedule import Schedule
-from nnscaler_ring.core.plan.tile import KernelCall
+from nnscaler_ring.core.plan.tile import KernelCall, Segments
 from nnscaler_ring.core.scores.coordinates import (
     Coordinates,
     KeyRows,
@@ -57,6 +58,23 @@ class ScoreMods:
         if self.dropout is None:
             return None
         return self.dropout.factors(batch, num_heads, self.q.tokens, self.k.tokens, dtype)
+
+
+class TileScores(NamedTuple):
+    """How the scores of one kernel call come about, and which keys its rows see.
+
+    Args:
+        softmax_scale: the factor of q·k.
+        window: flash-attn's `(left, right)`: bottom-right aligned, -1 for unbounded.
+        mods: what else happens to the scores; None for nothing.
+        segments: where a call of several tiles is cut (Note [Tiles in one call] in tile.py); None
+            for one tile.
+    """
+
+    softmax_scale: float
+    window: tuple[int, int] = (-1, -1)
+    mods: ScoreMods | None = None
+    segments: Segments | None = None
 
 
 class Scores:
@@ -121,8 +139,12 @@ class StepScores:
         self._q = q
         self._k = k
 
-    def of(self, tile: KernelCall) -> ScoreMods | None:
-        """What the kernel does to the scores of a tile; None: nothing."""
+    def of(self, tile: KernelCall) -> TileScores:
+        """How the kernel computes the scores of a call."""
+        scale = self._scores.softmax_scale
+        return TileScores(scale, tile.window(), self._mods(tile), tile.segments)
+
+    def _mods(self, tile: KernelCall) -> ScoreMods | None:
         if self._q is None or self._k is None:
             return None
         scores, k = self._scores, Coordinates(*(x[tile.k] for x in self._k))

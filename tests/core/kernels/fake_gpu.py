@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.kernels import (
     AttentionKernel,
+    BackwardTensors,
     Problem,
     flash_form,
     offer_of,
@@ -62,13 +63,7 @@ def both_passes(
     assert lse.dtype == accumulation_dtype(q.dtype)
     dlse = torch.empty_like(lse) if lse_gradient else None
     gradients = attention_backward(
-        torch.empty_like(out),
-        dlse,
-        q,
-        k,
-        v,
-        out,
-        lse,
+        BackwardTensors(torch.empty_like(out), dlse, q, k, v, out, lse),
         exchange=exchange,
         kernel=kernel,
         scores=scores,

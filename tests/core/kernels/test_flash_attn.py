@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
-from nnscaler_ring.core.kernels import Problem, flash_attn, kernel_refusals, select_kernel
+from nnscaler_ring.core.kernels import (
+    BackwardTensors,
+    Problem,
+    flash_attn,
+    kernel_refusals,
+    select_kernel,
+)
 from nnscaler_ring.core.kernels.flash_attn import FLASH_ATTN, Library, lacks, parameters_of
 from nnscaler_ring.core.kernels.flash_form import FlashKernel
 from nnscaler_ring.core.scores.scores import Scores
@@ -137,7 +143,7 @@ def test_softcap_is_the_librarys(version, recorder, kernel):
         scores = Scores(0.3, schedule, softcap=1.5)
         call = {"exchange": OneDevice(*tiles), "kernel": kernel, "scores": scores}
         out, lse = attention_forward(*mine[:3], **call)
-        grads = attention_backward(mine[3], None, *mine[:3], out, lse, **call)[:3]
+        grads = attention_backward(BackwardTensors(mine[3], None, *mine[:3], out, lse), **call)[:3]
         for actual, wanted in zip((out, lse, *grads), expected, strict=True):
             assert_close_float64(actual[0] if packed else actual, wanted, f"{version}, {options}")
 
@@ -150,7 +156,7 @@ def test_gradients_through_the_lse_equal_dense(kernel):
         expected = dense_gradients(q, k, v, dout, dlse=dlse, **options)
         call = {"exchange": OneDevice(tile_of(shape)), "kernel": kernel, "scores": Scores(0.3)}
         out, lse = attention_forward(q, k, v, **call)
-        grads = attention_backward(dout, dlse, q, k, v, out, lse, **call)[:3]
+        grads = attention_backward(BackwardTensors(dout, dlse, q, k, v, out, lse), **call)[:3]
         for actual, wanted in zip(grads, expected[2:], strict=True):
             assert_close_float64(actual, wanted, str(shape))
 

@@ -9,6 +9,7 @@ import torch
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.kernels import (
     KERNELS,
+    BackwardTensors,
     Problem,
     flash_form,
     kernel_refusals,
@@ -80,7 +81,7 @@ def test_a_softmax_lse_below_minus_88(kernel, shape):
         "scores": Scores(SCALE),
     }
     out, lse = attention_forward(q, k, v, **options)
-    found = out, *attention_backward(dout, None, q, k, v, out, lse, **options)[:3]
+    found = out, *attention_backward(BackwardTensors(dout, None, q, k, v, out, lse), **options)[:3]
     expected = dense_gradients(q, k, v, dout, softmax_scale=SCALE, window_size=shape[2])
     for name, actual, wanted in zip(
         ("out", "dq", "dk", "dv"), found, (expected[0], *expected[2:]), strict=True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
-from nnscaler_ring.core.kernels import Problem, torch_cuda, torch_efficient
+from nnscaler_ring.core.kernels import BackwardTensors, Problem, torch_cuda, torch_efficient
 from nnscaler_ring.core.kernels.torch_cuda import TorchCuda
 from nnscaler_ring.core.scores.dropout import Dropout
 from nnscaler_ring.core.scores.scores import Scores
@@ -96,7 +96,8 @@ def test_nothing_is_read_on_the_host(name, dtype, option, lse_gradient):
     options = {"exchange": exchange, "kernel": kernel, "scores": scores}
     out, lse = attention_forward(q, ks[1], vs[1], **options)
     dlse = torch.empty_like(lse) if lse_gradient else None
-    gradients = attention_backward(dout, dlse, q, ks[1], vs[1], out, lse, **options)
+    tensors = BackwardTensors(dout, dlse, q, ks[1], vs[1], out, lse)
+    gradients = attention_backward(tensors, **options)
     for x, like in ((out, q), (gradients.dq, q), (gradients.dk, ks[0]), (gradients.dv, vs[0])):
         assert x.device == META and x.dtype == dtype and x.shape == like.shape
     assert lse.device == META and lse.shape == (1, HEADS, rows)

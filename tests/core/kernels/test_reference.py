@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import GradientStep, Keys
-from nnscaler_ring.core.kernels import AttentionKernel
+from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.plan.tile import Tile, trim
 from nnscaler_ring.core.scores.scores import Scores
@@ -97,7 +97,8 @@ def check_tile(
     options = {"scores": Scores(SCALE), "kernel": kernel}
     one_device = OneDevice(tile_of(shape))
     out, lse = attention_forward(q, k, v, exchange=one_device, **options)
-    grads = attention_backward(dout, None, q, k, v, out, lse, exchange=one_device, **options)[:3]
+    tensors = BackwardTensors(dout, None, q, k, v, out, lse)
+    grads = attention_backward(tensors, exchange=one_device, **options)[:3]
     names = ("out", "lse", "dq", "dk", "dv")
     for name, actual, wanted in zip(names, (out, lse, *grads), expected, strict=True):
         what = f"{name} of {kernel.name}, {shape}, {q.shape}, {k.shape}, {v.shape}"
@@ -118,7 +119,8 @@ def check_shares(kernel: AttentionKernel, shape: Shape, cut: int) -> None:
     parts = [trim(tile._replace(k1=cut)), trim(tile._replace(k0=cut))]
     shares = OneDevice(*(part for part in parts if part))
     options = {"exchange": shares, "kernel": kernel, "scores": Scores(SCALE)}
-    grads = attention_backward(dout, None, q, k, v, out, lse, **options)[:3]
+    tensors = BackwardTensors(dout, None, q, k, v, out, lse)
+    grads = attention_backward(tensors, **options)[:3]
     for name, actual, wanted in zip(("dq", "dk", "dv"), grads, expected[2:], strict=True):
         assert_close_float64(actual, wanted, f"{name} of {kernel.name}, {shape} cut at key {cut}")
 
@@ -147,7 +149,8 @@ def check_large_logits(kernel: AttentionKernel, dtype: torch.dtype) -> None:
     else:
         assert_close_relative(out.to(dtype), expected, "out")
         assert_close_relative(lse, expected_lse, "lse")
-    grads = attention_backward(dout, None, q, k, v, out, lse, **options)[:3]
+    tensors = BackwardTensors(dout, None, q, k, v, out, lse)
+    grads = attention_backward(tensors, **options)[:3]
     assert all(bool(torch.isfinite(grad).all()) for grad in grads)
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.kernels import cuts, torch_cpu
+from nnscaler_ring.core.kernels import BackwardTensors, cuts, torch_cpu
 from nnscaler_ring.core.kernels.cuts import BLOCK_ROWS, fused_calls
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
 from nnscaler_ring.core.plan.tile import Tile
+from nnscaler_ring.core.scores.scores import TileScores
 from tests.core.kernels.test_reference import (
     DTYPES,
     HEAD_DIMS,
@@ -257,9 +258,9 @@ def test_gradients_are_fresh_tensors():
     for shape in (Shape(20, 20, (-1, 0)), Shape(20, 20, (3, 0)), Shape(1, 1, (-1, -1))):
         for dims in HEAD_DIMS:
             q, k, v, dout = inputs(shape, (2, 1), dims)
-            options = {"softmax_scale": 1.0, "window": shape.window, "mods": None}
-            out, lse = KERNEL.forward(q, k, v, **options)
-            grads = KERNEL.backward(dout, q, k, v, out, lse, None, **options)[:3]
+            scores = TileScores(1.0, shape.window)
+            out, lse = KERNEL.forward(q, k, v, scores)
+            grads = KERNEL.backward(BackwardTensors(dout, None, q, k, v, out, lse), scores)[:3]
             memory = {x.untyped_storage().data_ptr() for x in (q, k, v, dout, out, lse)}
             fresh = {x.untyped_storage().data_ptr() for x in grads}
             assert len(fresh) == 3 and not memory & fresh

@@ -10,6 +10,7 @@ import torch
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.kernels import (
+    BackwardTensors,
     Problem,
     aten_flash,
     flash_form,
@@ -23,7 +24,7 @@ from nnscaler_ring.core.kernels.score_blocks import ScoreBlocks
 from nnscaler_ring.core.kernels.torch_cuda import Cudnn, TorchCuda
 from nnscaler_ring.core.kernels.torch_efficient import Efficient
 from nnscaler_ring.core.plan.tile import Tile
-from nnscaler_ring.core.scores.scores import Scores
+from nnscaler_ring.core.scores.scores import Scores, TileScores
 from tests.core.kernels.stand_ins import Aten
 from tests.core.kernels.test_reference import (
     HEAD_DIMS,
@@ -106,7 +107,7 @@ def test_gradients_through_the_lse_equal_dense(kernel, dims):
         one_device = OneDevice(tile_of(shape))
         options = {"exchange": one_device, "kernel": kernel, "scores": Scores(0.3)}
         out, lse = attention_forward(q, k, v, **options)
-        grads = attention_backward(dout, dlse, q, k, v, out, lse, **options)[:3]
+        grads = attention_backward(BackwardTensors(dout, dlse, q, k, v, out, lse), **options)[:3]
         for name, actual, wanted in zip(("dq", "dk", "dv"), grads, expected[2:], strict=True):
             assert_close_float64(actual, wanted, f"{name} of {shape}, {dims}")
 
@@ -127,7 +128,7 @@ def test_gradients_through_the_lse_of_packed_documents(dims):
     assert any(call.segments for call in kernel.calls(tiles, plain=True))
     options = {"exchange": OneDevice(*tiles), "kernel": kernel, "scores": Scores(0.3)}
     out, lse = attention_forward(q, k, v, **options)
-    grads = attention_backward(dout, dlse, q, k, v, out, lse, **options)[:3]
+    grads = attention_backward(BackwardTensors(dout, dlse, q, k, v, out, lse), **options)[:3]
     for name, actual, wanted in zip(("dq", "dk", "dv"), grads, expected[2:], strict=True):
         assert_close_float64(actual[0], wanted, name)
 
@@ -149,11 +150,12 @@ def test_the_library_gets_a_contiguous_lse():
     """The accumulators of a merge have rows before heads in memory."""
     shape = Shape(6, 6, (-1, 0))
     q, k, v, dout = inputs(shape, (4, 2))
-    options = {"softmax_scale": 0.3, "window": shape.window, "mods": None}
+    scores = TileScores(0.3, shape.window)
     for kernel in (KERNELS["flash"], KERNELS["efficient"]):
-        out, lse = kernel.forward(q, k, v, **options)
+        out, lse = kernel.forward(q, k, v, scores)
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-        kernel.backward(dout, q, k, v, out, lse, None, **options)  # the stand-in refuses others
+        tensors = BackwardTensors(dout, None, q, k, v, out, lse)
+        kernel.backward(tensors, scores)  # the stand-in refuses others
 
 
 @pytest.mark.parametrize("kernel_name", ["flash", "cudnn"])
@@ -170,7 +172,7 @@ def test_a_tall_tile_beside_tiles_with_a_left_edge():
     q, k, v, dout = inputs(Shape(18, 8, (-1, -1)), (4, 2), batch=1)
     options = {"exchange": OneDevice(*tiles), "kernel": kernel, "scores": Scores(0.3)}
     out, lse = attention_forward(q, k, v, **options)
-    dq, *_ = attention_backward(dout, None, q, k, v, out, lse, **options)
+    dq, *_ = attention_backward(BackwardTensors(dout, None, q, k, v, out, lse), **options)
     for tile in tiles:
         tensors = q[:, tile.q], k[:, tile.k], v[:, tile.k], dout[:, tile.q]
         expected = dense_gradients(*tensors, softmax_scale=0.3, window_size=tile.window())
@@ -196,7 +198,7 @@ def test_packed_rows_that_see_no_key_between_documents_of_one_row():
     assert call.segments is not None and len(call.segments.q_bounds) == 4
     options = {"exchange": OneDevice(*tiles), "kernel": kernel, "scores": Scores(0.3)}
     out, lse = attention_forward(q, k, v, **options)
-    dq, *_ = attention_backward(dout, None, q, k, v, out, lse, **options)
+    dq, *_ = attention_backward(BackwardTensors(dout, None, q, k, v, out, lse), **options)
     for row, keys in ((0, slice(0, 3)), (1, slice(5, 9))):
         tensors = q[:, row : row + 1], k[:, keys], v[:, keys], dout[:, row : row + 1]
         expected = dense_gradients(*tensors, softmax_scale=0.3)
