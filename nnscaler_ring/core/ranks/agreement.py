@@ -3,9 +3,9 @@
 Note [Why not let the transfer find out]
     Ranks with different plans send messages that nobody expects: gloo then kills the receiving
     process, NCCL waits for its timeout, and where sizes agree by chance the result is wrong. So on
-    the first use of a plan the ranks compare a digest of it (comparison.py), under the number of the
-    pass in which they use it. Ranks that repeat a plan ask nobody anything: their messages say what
-    they belong to, and the watch finds who is elsewhere.
+    the first use of a plan the ranks compare a digest of it (comparison.py), under the number of
+    the pass in which they use it. Ranks that repeat a plan ask nobody anything: their messages say
+    what they belong to, and the watch finds who is elsewhere.
 
 Note [Errors before anything moved]
     Where a comparison ends with an error, every rank gets it in the same pass, however late it
@@ -164,9 +164,7 @@ def _comparison(state: GroupState, watch: Watch, made: Pass) -> Comparison:
     if state.patient is None:
         state.patient = patient_client(watch.store)
     state.agreements += 1
-    return Comparison(
-        watch.store, state.patient, comparison_name(made.index), len(watch.ranks)
-    )
+    return Comparison(watch.store, state.patient, comparison_name(made.index), len(watch.ranks))
 
 
 def _compare(
@@ -240,8 +238,8 @@ def _wait(comparison: Comparison, watch: Watch, made: Pass, seconds: float) -> s
     absent = watch.absent(made, positions)
     text = (
         f"rank {watch.rank} waited {seconds:g} s for rank(s) {absent} to compare a new plan"
-        f"{latest_requests(absent)}. {watch.last_heard(absent, positions)}. Pass the same arguments "
-        "on all ranks; where ranks start far apart, raise the bound with "
+        f"{latest_requests(absent)}. {watch.last_heard(absent, positions)}. Pass the same "
+        "arguments on all ranks; where ranks start far apart, raise the bound with "
         "nnscaler_ring.set_agreement_timeout()."
     )
     return comparison.propose(Failure("late", watch.rank, text).to_text())

@@ -4,10 +4,10 @@ Note [One history]
     A forward pass, a move of rows and a backward pass are passes over a group. They are counted
     where they are made, and every rank of the group must make the same ones in the same order: the
     same function, the same plan, the same direction, and in a backward pass the same forward pass.
-    All of this goes into one number, the chain, to which every pass adds: two ranks whose chains are
-    equal have made the same passes. The tag of a message is made of the same facts, so a message of
-    one pass is never taken for another's; and where two ranks wait for each other in different
-    passes, their chains tell from where on they differ (watch.py).
+    All of this goes into one number, the chain, to which every pass adds: two ranks whose chains
+    are equal have made the same passes. The tag of a message is made of the same facts, so a
+    message of one pass is never taken for another's; and where two ranks wait for each other in
+    different passes, their chains tell from where on they differ (watch.py).
 
 Note [Threads]
     Two threads that call one group at a time would take each other's messages, because both ranks

@@ -18,6 +18,7 @@ ARGUMENTS = {
     "alibi_slopes": "the shape of alibi_slopes",
     "bias": "bias, its dtype and its sizes without rows and keys",
     "bias_gradient": "whether bias requires a gradient",
+    "wants_gradient": "whether any of q, k, v, bias and sinks wants a gradient",
     "sinks": "whether sinks are given",
     "dropout_seed": "whether dropout_seed is given",
     "lse_gradient": "whether the loss uses softmax_lse (add 0.0 * softmax_lse where it does not)",

@@ -28,7 +28,7 @@ Note [Words beside the data]
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -142,14 +142,15 @@ class Transport:
     traffic: Traffic | None
     op: str
     plan_tag: int
-    entered: Pass = ALONE_PASS
+    entered: Pass = field(default=ALONE_PASS, kw_only=True)
 
     @cached_property
     def _words(self) -> Words | None:
         """What travels beside the data where there are no tags: Note [Words beside the data]."""
         if self.entered.watch is None or not self.in_order:
             return None
-        return Words(self.entered, [self.place.global_rank(n) for n in range(self.place.world_size)])
+        members = [self.place.global_rank(block) for block in range(self.place.world_size)]
+        return Words(self.entered, members)
 
     @property
     def in_order(self) -> bool:

@@ -149,7 +149,9 @@ class Watch:
         if made is not None:
             doing = f"is in {made}, {made.waits_for or 'computing'}, for at least {seconds:.0f} s"
         else:
-            doing = f"has been outside of its calls for at least {seconds:.0f} s, after {passes[-1]}"
+            doing = (
+                f"has been outside of its calls for at least {seconds:.0f} s, after {passes[-1]}"
+            )
         return {
             "index": calls.passes,
             "inside": made is not None,

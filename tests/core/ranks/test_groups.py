@@ -285,7 +285,7 @@ def test_ranks_that_pass_different_groups_are_told_who_asked_for_what(init, seco
         "start far apart, raise the bound with"
     ), ends[0]
     for end in ends[1:]:
-        assert end.error == "_DisagreementError", end
+        assert end.error == "DisagreementError", end
         assert re.search(
             rf"rank [12] waited {bound:g} s for rank\(s\) \[0\] to compare a new plan "
             r"\(rank 0 last asked for process_group=\[0, 1\]\)",
