@@ -17,6 +17,7 @@ Note [Errors before anything moved]
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ from nnscaler_ring.core.ranks.groups import (
 )
 from nnscaler_ring.core.ranks.store import STORE_SECONDS, answer_within, patient_client
 from nnscaler_ring.core.ranks.watch import Watch, comparison_name
+
+logger = logging.getLogger(__name__)
 
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 """What arguments can be refused with; a rank tells the others before it raises one of them."""
@@ -143,13 +146,12 @@ def _publish_refusal(group: str, op: str, error: Exception) -> None:
     made = _begin(state, watch, op, "refused", 0, None, new=True)
     text = f"rank {watch.rank} refused its call of {op}: {type(error).__name__}: {error}"
     failure = Failure("refused", watch.rank, text)
-    comparison = _comparison(state, watch, made)
     try:
-        answer_within(STORE_SECONDS, lambda: comparison.propose(failure.to_text()))
+        answer_within(
+            STORE_SECONDS, lambda: _comparison(state, watch, made).propose(failure.to_text())
+        )
     except RuntimeError as lost:  # must not hide the user's mistake
-        error.add_note(f"The other ranks could not be told: {lost}") if hasattr(
-            error, "add_note"
-        ) else None
+        logger.debug("%s: could not tell the other ranks: %s", op, lost)
     _all_ranks_raise(state, made)
     state.calls.end(made)
 

@@ -117,7 +117,7 @@ class Watch:
         if changed != calls.changed:
             return  # it went on meanwhile
         if failure is not None:
-            self.fail(failure)
+            self.publish(failure)
         elif seconds >= max(bounds.warn, 4 * self._warned):
             self._warned = seconds
             self._warn(made, seconds, positions)
@@ -219,11 +219,11 @@ class Watch:
     ) -> Failure:
         index = own[0]
         both_there = index == mine["index"] == other["index"]
-        if both_there and mine["description"] and other["description"] and own[2:5] == entry[2:5]:
+        made, others = name_of_pass(*own[2:5]), name_of_pass(*entry[2:5])
+        if both_there and mine["description"] and other["description"] and made == others:
             text = first_difference(self.rank, mine["description"], rank, other["description"])
             if text is not None:
                 return Failure("differ", rank, text)
-        made, others = name_of_pass(*own[2:5]), name_of_pass(*entry[2:5])
         if own[6] != entry[6]:
             made, others = f"{made} of step {own[6]}", f"{others} of step {entry[6]}"
         if made == others:
@@ -354,33 +354,29 @@ class Watch:
         return None
 
     def publish(self, failure: Failure) -> Failure:
-        """Tell all ranks why the group cannot go on; the first cause is what all get."""
+        """End this rank's calls of the group, those under way and later ones, and tell the others.
+
+        Returns: the first cause, which all ranks get.
+        """
+        if self.calls.failure is not None:
+            return self.calls.failure
 
         def ask() -> str:
             held: bytes = self.store.compare_set(FAILED, "", failure.to_text())
             return held.decode()
 
+        first = failure
         with contextlib.suppress(RuntimeError):  # the store may be lost
-            failure = Failure.of_text(answer_within(STORE_SECONDS, ask))
-        self.fail(failure)
-        return failure
-
-    def fail(self, failure: Failure) -> None:
-        """This rank's calls of the group end, those under way and later ones."""
-        if self.calls.failure is not None:
-            return
-        self.calls.failure = failure
+            first = Failure.of_text(answer_within(STORE_SECONDS, ask))
+        self.calls.failure = first
         made = self.calls.current
         wake = made.wake if made is not None else None
         if wake is not None:
             wake.set()
-        with contextlib.suppress(RuntimeError):
-            answer_within(
-                STORE_SECONDS, lambda: self.store.compare_set(FAILED, "", failure.to_text())
-            )
         group = self._group()
         if group is not None:
             _interrupt(group)
+        return first
 
 
 def _interrupt(group: dist.ProcessGroup) -> None:
