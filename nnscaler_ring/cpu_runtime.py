@@ -5,15 +5,15 @@
         model = nnscaler.parallelize(..., compute_config=ComputeConfig(2, 2, trace_strategy="cpu"))
         ...                                       # as on GPUs
 
-nnScaler itself stays as it is: it asks torch.cuda for its device, and inside the block torch.cuda
-answers for the CPU. For trying plans and for tests; it is slow, and autocast stays CUDA's.
+nnScaler asks torch.cuda for its device, and inside the block torch.cuda answers for the CPU; its
+Trainer works there too. For trying plans and for tests; it is slow.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
@@ -44,8 +44,9 @@ def nnscaler_on_cpu() -> Iterator[None]:
         )
     importlib.import_module("nnscaler")
     importlib.import_module("torch._dynamo")  # takes stock of torch.cuda: while it is torch's own
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in SUBSTITUTIONS]
-    for owner, name, substitute in SUBSTITUTIONS:
+    substitutions = (*SUBSTITUTIONS, *_substitutions_in_nnscaler())
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in substitutions]
+    for owner, name, substitute in substitutions:
         setattr(owner, name, substitute)
     joined = False
     try:
@@ -94,6 +95,60 @@ def _memory_info(*_: object, **__: object) -> tuple[int, int]:
     return _memory_bytes(), _memory_bytes()
 
 
+def _get_rng_state(*_: object, **__: object) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *_: object, **__: object) -> None:
+    torch.set_rng_state(state)
+
+
+class _CpuAutocast(torch.autocast):
+    """torch.autocast of the CPU, also where CUDA's is asked for, as in all code of nnScaler.
+
+    It shows as CUDA's as well, which is what nnScaler looks at while it traces.
+    """
+
+    def __init__(
+        self,
+        device_type: str,
+        dtype: torch.dtype | None = None,
+        enabled: bool = True,
+        cache_enabled: bool | None = None,
+    ) -> None:
+        dtype = torch.get_autocast_dtype(device_type) if dtype is None else dtype
+        super().__init__("cpu", dtype, enabled, cache_enabled)
+
+    def __enter__(self) -> Any:
+        self._of_cuda = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        torch.set_autocast_enabled("cuda", self._enabled)
+        torch.set_autocast_dtype("cuda", self.fast_dtype)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        enabled, dtype = self._of_cuda
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", dtype)
+        return super().__exit__(*error)
+
+
+def _substitutions_in_nnscaler() -> Iterator[tuple[Any, str, Any]]:
+    """The same for names of nnScaler that would go past torch.cuda."""
+    tracer = importlib.import_module("nnscaler.graph.tracer.orig_func")
+    if hasattr(tracer, "torch_autocast"):
+        yield tracer, "torch_autocast", _CpuAutocast
+    costs = importlib.import_module("nnscaler.autodist.cost_database").CostDatabase
+    profile: Callable[..., None] = costs.profile_comp
+
+    def profile_here(
+        self: Any, partition_degree: int, parallel_profile: bool, re_profile: bool
+    ) -> None:
+        # Processes that nnScaler spawns, one for each GPU, are without the substitutions.
+        profile(self, partition_degree, parallel_profile=False, re_profile=re_profile)
+
+    yield costs, "profile_comp", profile_here
+
+
 def _properties(*_: object, **__: object) -> SimpleNamespace:
     # torch's compiler asks for gcnArchName.
     return SimpleNamespace(name="cpu", total_memory=_memory_bytes(), gcnArchName="")
@@ -107,10 +162,16 @@ SUBSTITUTIONS: tuple[tuple[Any, str, Any], ...] = (
     (torch.cuda, "synchronize", _nothing),
     (torch.cuda, "get_device_properties", _properties),
     (torch.Tensor, "cuda", _this_tensor),
+    # What it generates for models that use autocast.
+    (torch, "autocast", _CpuAutocast),
     # What the profiler of the autodist policy calls beside those.
     (torch.cuda, "device_count", _one),
     (torch.cuda, "mem_get_info", _memory_info),
     (torch.cuda, "max_memory_allocated", _zero),
     (torch.cuda, "reset_peak_memory_stats", _nothing),
+    # What its Trainer calls beside those.
+    (torch.cuda, "max_memory_reserved", _zero),
+    (torch.cuda, "get_rng_state", _get_rng_state),
+    (torch.cuda, "set_rng_state", _set_rng_state),
 )
 """(owner, name, what stands in for it while `nnscaler_on_cpu` is entered)."""

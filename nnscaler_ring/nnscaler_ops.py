@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, update_wrapper
@@ -26,10 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.op.ops import attention_op
-from nnscaler_ring.core.op.options import arguments_of, split_arguments
 from nnscaler_ring.core.plan.dilation import HeadOffsets
 from nnscaler_ring.core.scores.dropout import DropoutSeed
+from nnscaler_ring.nnscaler_samples import dense_sample, dilated_sample, packed_sample
 
 Range = tuple[int, int]
 
@@ -96,34 +96,67 @@ def register() -> None:
         )
 
 
-def create(
-    op: Op, *args: Any, signature: str, tensor_names: str | None = None, **kwargs: Any
-) -> Any:
-    """nnScaler's node of one call; also of every sub-call that a partition makes of it.
-
-    `tensor_names`, which the node keeps among its arguments, names the tensors of a sub-call.
-    """
-    from nnscaler.graph.function.dimops import IRDimops
+def create(op: Op, *args: Any, signature: str, **kwargs: Any) -> Any:
+    """nnScaler's node of one call, as the model makes it."""
     from nnscaler.ir.cten import IRTensor
 
-    if tensor_names is not None:
-        arguments, tensors = kwargs, dict(zip(tensor_names.split(","), args, strict=True))
-    else:
-        arguments = bind(op, args, kwargs)
-        tensors = split_tensors(op, arguments, lambda value: isinstance(value, IRTensor))
+    arguments = bind(op, args, kwargs)
+    tensors = split_tensors(op, arguments, lambda value: isinstance(value, IRTensor))
+    names = tuple(tensors)
+    return create_part(op, names, *tensors.values(), signature=signature, **arguments)
+
+
+def create_part(
+    op: Op, names: tuple[str, ...], *tensors: Any, signature: str, **arguments: Any
+) -> Any:
+    """nnScaler's node of a call, or of a part that a partition makes of it; `names`: of its inputs.
+
+    The node's keywords are those of the public function and nothing else, because nnScaler's
+    profiler passes them to it.
+    """
+    from nnscaler.graph.function.dimops import IRDimops
+
     refuse_arguments(op, arguments)
+    warn_of_failed_profiles(signature)
     return_lse = bool(_value(arguments.get("return_lse", False)))
-    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    shapes = {name: tuple(x.shape) for name, x in zip(names, tensors, strict=True)}
     annotation = annotate(op, shapes, return_lse=return_lse)
-    return IRDimops(
-        partial(create, op),
-        op.name,
-        signature,
-        [annotation],
-        list(tensors.values()),
-        tensor_names=",".join(tensors),
-        **arguments,
-    )
+    make_part = partial(create_part, op, names)
+    return IRDimops(make_part, op.name, signature, [annotation], list(tensors), **arguments)
+
+
+def tensor_names(node: Any) -> tuple[str, ...]:
+    """The public function's parameters that the inputs of one of our nodes are, in their order."""
+    (make_part,) = node._create_fn
+    names: tuple[str, ...] = make_part.args[1]
+    return names
+
+
+FAILED_MILLISECONDS = 1000 * 1000
+"""The time that nnScaler books for an op that it could not profile."""
+
+
+def warn_of_failed_profiles(signature: str) -> None:
+    """Warn where nnScaler is about to plan with times of this op that it never measured.
+
+    nnScaler keeps them in its profile cache, where nnscaler_ring up to 0.1 left them for all ops.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        database: Any = frame.f_locals.get("self")
+        if type(database).__name__ == "CostDatabase":
+            times = database.db._data.get(signature, {}).values()
+            if any(x.fw_span >= FAILED_MILLISECONDS for x in times):
+                warnings.warn(
+                    f"nnScaler's profile cache holds {FAILED_MILLISECONDS:,} ms for {signature}, "
+                    "its mark of a profile that failed, and autodist would plan with it; delete "
+                    f"{database.comp_profile_path / f'{signature}.json'} or pass "
+                    "pas_config={'re_profile': True}.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def split_tensors(
@@ -242,7 +275,7 @@ def emit(
     split_dims = [n for n, part in enumerate(mine) if part != (0, whole[n])]
     dropout = _value(node.kwargs.get("dropout_p", 0.0))
     calls = list(_sub_calls(node)) if split_dims or dropout else []
-    names = _value(node.kwargs["tensor_names"]).split(",")
+    names = tensor_names(node)
     for x, name in enumerate(names):
         sums = [n.input(x).grad for n in calls if n.input(x).grad is not None]
         if name != "alibi_slopes" and any(tuple(grad.valmap) != (0, 1) for grad in sums):
@@ -266,7 +299,6 @@ def emit(
     if "alibi_slopes" in names:
         # nnScaler gives every float input a gradient; slopes have none.
         options["alibi_slopes"] += ".detach()"
-    del options["tensor_names"]
     if dropout:
         refuse_replicated_dropout(
             op, node.kwargs, [n for n in calls if _ranges(n.input(0).indmap) == mine]
@@ -458,84 +490,14 @@ def trace(op: Op, *args: Any, **kwargs: Any) -> Any:
 
 
 def sample_inputs(op: Op, node: Any) -> tuple[Tensor, ...]:
-    """Inputs with which nnScaler's profiler may time a (sub-)call.
-
-    Where the sequence is partitioned, keys and values are those of all blocks, as the rank that
-    holds the last block reads them (zigzag, causal: half of them, as every rank does; with a bias,
-    or dilated, one block's); cu_seqlens are one document.
-    """
-    device = torch.cuda.current_device()
-    q = node.input(0)
-    dim = op.token_dim
-    local, whole = q.shape[dim], q.parent.shape[dim]
+    """Inputs with which nnScaler's profiler may time a (sub-)call."""
+    optional = tensor_names(node)[len(op.tensors) :]
+    if op.packed:
+        return packed_sample(node, optional)
+    if op.name == "wrap_dilated_attn_func":
+        return dilated_sample(node)
     balanced = op.name == "wrap_zigzag_attn_func" and _value(node.kwargs.get("causal", True))
-    keys = (whole + local) // 2 if balanced else whole
-    names = _value(node.kwargs["tensor_names"]).split(",")
-    one_block = op.name == "wrap_dilated_attn_func" or "bias" in names
-    samples: list[Tensor] = []
-    for name, x in zip(names, node.inputs(), strict=True):
-        shape = list(x.shape)
-        if name in ("cu_seqlens_q", "cu_seqlens_k"):
-            tokens = local if name == "cu_seqlens_q" else whole
-            samples.append(torch.tensor([0] + [tokens] * (shape[0] - 1), dtype=x.dtype))
-            continue
-        if op.packed and name in ("k", "v"):
-            shape[dim] = whole
-        sample = torch.randn(shape, dtype=x.dtype, device=device)
-        if name == "bias" and not op.packed:
-            shape[-1] = local
-        if not op.packed and name == "k" and keys > local and not one_block:
-            sample = KeysOfAllBlocks.of(sample, keys)
-        samples.append(sample.requires_grad_(x.requires_grad))
-    return tuple(samples)
-
-
-class KeysOfAllBlocks(Tensor):
-    """One block of k that stands for more of them: attention to it costs that of `keys` tokens.
-
-    Only for nnScaler's profiler, which calls a dense op as one device would: there q and k must be
-    equally long, while a rank's queries read the keys of other ranks too.
-    """
-
-    keys: int
-
-    @staticmethod
-    def of(k: Tensor, keys: int) -> KeysOfAllBlocks:
-        """k, standing for `keys` tokens."""
-        sample = k.as_subclass(KeysOfAllBlocks)
-        sample.keys = keys
-        return sample
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.nnscaler_ring.attention.default:
-            return _attend_to_all_blocks(*args)
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        if isinstance(result, KeysOfAllBlocks):
-            result.keys = next(x.keys for x in args if isinstance(x, KeysOfAllBlocks))
-        return result
-
-
-def _attend_to_all_blocks(
-    q: Tensor, k: KeysOfAllBlocks, v: Tensor, *others: Any
-) -> tuple[Tensor, ...]:
-    """The dense op as a packed one, whose batch rows are documents with more keys than queries."""
-    batch, local = q.shape[:2]
-    copies = -(-k.keys // local)
-    long_k, long_v = (
-        x.as_subclass(Tensor).repeat(1, copies, 1, 1)[:, : k.keys].flatten(0, 1) for x in (k, v)
-    )
-    cu_q, cu_k = (torch.arange(batch + 1) * tokens for tokens in (local, k.keys))
-    extras, options = split_arguments(others)
-    extras = extras._replace(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
-    if extras.alibi_slopes is not None:
-        extras = extras._replace(alibi_slopes=extras.alibi_slopes.view(-1, q.shape[2])[0])
-    options = options._replace(compute_len=batch * local)
-    out, lse, *rest = attention_op(q.flatten(0, 1), long_k, long_v, *extras, *arguments_of(options))
-    lse = lse.unflatten(1, (batch, local)).transpose(0, 1)
-    return out.unflatten(0, (batch, local)), lse, *rest
+    return dense_sample(node, optional, causal_zigzag=balanced)
 
 
 def _ranges(indmap: Any) -> tuple[Range, ...]:

@@ -17,8 +17,11 @@ Note [What gathers]
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from nnscaler_ring.nnscaler_ops import OPS, Op
@@ -76,6 +79,47 @@ def shard_sequence_and_batch(graph: Any, cfg: Any, *, ways: int) -> Any:
     _check_ways(ways, devices)
     steps = ("tokens", devices // ways), ("batch", ways)
     return _shard(graph, {"tokens": 1, "batch": 0}, lambda _: steps)
+
+
+def autodist_by_sequence(graph: Any, cfg: Any) -> Any:
+    """nnScaler's autodist, which may choose everything but this: attention is split by sequence.
+
+    Left alone, autodist splits the batch where it can, which costs no communication, or heads.
+    `pas_config` is autodist's own; a `partition_constraints_path` in it is kept, and holds for
+    everything but our ops. Use it by name or, as `nnscaler_ring.policies.autodist_by_sequence`, in
+    the configuration of nnScaler's Trainer.
+
+    Raises:
+        ValueError: the graph has no attention op of nnscaler_ring.
+    """
+    from nnscaler.ir.operator import IRFwOperation
+    from nnscaler.policies import pas_autodist
+
+    signatures = {node.signature for node in graph.select(ntype=IRFwOperation)}
+    found = [op for op in OPS if op.signature in signatures]
+    if not found:
+        raise ValueError(
+            "autodist_by_sequence: the model must call an attention op of nnscaler_ring, got none "
+            f"of {', '.join(ATTENTION)}; use the policy 'autodist'."
+        )
+    given = cfg.pas_config.get("partition_constraints_path")
+    constraints = "".join(CONSTRAINT.format(op.signature, op.token_dim) for op in found)
+    # autodist keeps the first of two constraints for the same name.
+    constraints += Path(given).read_text() if given else ""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "constraints.yaml"
+        file.write_text(constraints)
+        config = {**cfg.pas_config, "partition_constraints_path": str(file)}
+        return pas_autodist(graph, replace(cfg, pas_config=config))
+
+
+CONSTRAINT = """\
+- name: {}
+  parent_module: ''
+  allowed_partition_dims: ['0,{}']
+  replica_allowed: false
+"""
+"""autodist's constraint for one op: input 0, q, is split along its tokens."""
 
 
 def _check_ways(ways: int, devices: int) -> None:

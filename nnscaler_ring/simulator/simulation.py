@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nnscaler_ring import __version__
+from nnscaler_ring.core.device import device_name
 from nnscaler_ring.core.plan.tile import UNBOUNDED
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.cluster import Cluster
@@ -21,9 +22,7 @@ from nnscaler_ring.simulator.plots import plot_mask, plot_memory, plot_timeline
 from nnscaler_ring.simulator.profiler import RingAttentionMemoryProfiler
 from nnscaler_ring.simulator.sampled_rows import exact_rows
 from nnscaler_ring.simulator.simulator import RingAttentionSimulator
-from nnscaler_ring.simulator.stand_in import exchange_plan
 from nnscaler_ring.simulator.timeline import Timeline, simulate_timeline
-from nnscaler_ring.tools.machine import device_name
 
 MASK_TOKENS = 96
 """Of the picture of the mask, which is drawn for a shorter sequence."""
@@ -125,9 +124,7 @@ def _run(
         tokens = call.tokens_of(layout, rank)
     rows = torch.linspace(0, len(tokens) - 1, min(SAMPLED_ROWS, len(tokens))).long().unique()
     errors = [_error(simulator, out, int(row), int(tokens[row])) for row in rows]
-    predicted = [
-        call.sizes.sent_bytes(exchange_plan(call.exchange, call.schedule, r).sent()) for r in ranks
-    ]
+    predicted = [call.sizes.sent_bytes(call.program(r).sent()) for r in ranks]
     return {
         "sampled_rows": len(rows),
         "largest_error": max(errors),

@@ -3,10 +3,12 @@
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from nnscaler_ring import policies
 from tests.nnscaler.models import CONFIG, TOKENS, OneCall, arguments, transformer
 from tests.nnscaler.plans import DENSE_DIMS, PACKED_DIMS
 from tests.nnscaler.runtime import nnscaler_ranks, parallelize
@@ -21,36 +23,80 @@ PIN = """
 """
 
 
-def plan_by_autodist(ranks: list[int], constraints: str) -> tuple[float, float, str]:
+def plan_by_autodist(
+    ranks: list[int], policy: Any, constraints: str = ""
+) -> tuple[float, float, str]:
+    """The losses of autodist's plan and of one device, and the generated code."""
     torch.manual_seed(0)
     model = transformer()
     ids = torch.randint(0, CONFIG.num_bytes, (2, TOKENS))
-    file = Path(tempfile.mkdtemp()) / "constraints.yaml"
-    file.write_text(constraints)
+    folder = Path(tempfile.mkdtemp())
+    config = {"mem_constraint": 8, "profile_dir": str(folder)}  # GB
+    if constraints:
+        (folder / "constraints.yaml").write_text(constraints)
+        config |= {"partition_constraints_path": str(folder / "constraints.yaml")}
     with nnscaler_ranks() as nnscaler:
         parallel, code = parallelize(
             nnscaler,
             model,
             arguments(ids, ids),
-            "autodist",
+            policy,
             len(ranks),
-            pas_config={
-                "partition_constraints_path": str(file),
-                "parallel_profile": False,
-                "mem_constraint": 8,  # GB
-                "profile_dir": tempfile.mkdtemp(),
-            },
+            pas_config=config,
         )
         inputs = arguments(ids, ids)
         return parallel(**inputs).item(), model(**inputs).item(), code
 
 
 @pytest.mark.full
-def test_constraint_file_pins_the_sequence(two_ranks: RankPool) -> None:
-    for loss, expected, code in two_ranks.run(2, plan_by_autodist, PIN, timeout=200):
+@pytest.mark.parametrize("pin", ["constraint file", "policy"])
+def test_constraint_pins_the_sequence(two_ranks: RankPool, pin: str) -> None:
+    """By a constraint in the user's file, and by the policy that writes it."""
+    how = ("autodist", PIN) if pin == "constraint file" else (policies.autodist_by_sequence,)
+    for loss, expected, code in two_ranks.run(2, plan_by_autodist, *how, timeout=200):
         assert loss == pytest.approx(expected, rel=1e-5)
         groups = re.findall(r"process_group=(.*)\)$", code, re.MULTILINE)
         assert groups == ["(0, 1)"] * CONFIG.num_layers
+
+
+KEEP_WHOLE = """
+- name: nnscaler_ring.ring_attn.wrap_ring_attn_func
+  parent_module: ''
+  allowed_partition_dims: []
+  replica_allowed: true
+- name: torch.nn.functional.linear
+  parent_module: ''
+  allowed_partition_dims: []
+  replica_allowed: true
+"""
+
+
+def plan_one_call(ranks: list[int], constraints: str) -> str:
+    """The code of autodist by sequence for one call, with a user's constraints."""
+    q, k, v = make_qkv(0, 2, 12, 12, 4, 2, 8, None, torch.float32)
+    folder = Path(tempfile.mkdtemp())
+    (folder / "constraints.yaml").write_text(constraints)
+    config = {
+        "mem_constraint": 8,
+        "profile_dir": str(folder),
+        "partition_constraints_path": str(folder / "constraints.yaml"),
+    }
+    with nnscaler_ranks() as nnscaler:
+        _, code = parallelize(
+            nnscaler,
+            OneCall("ring", {}),
+            {"q": q, "k": k, "v": v},
+            policies.autodist_by_sequence,
+            len(ranks),
+            pas_config=config,
+        )
+    return code
+
+
+def test_autodist_by_sequence(two_ranks: RankPool) -> None:
+    """With nnScaler's own defaults, and though the user's file asks for the opposite."""
+    for code in two_ranks.run(2, plan_one_call, KEEP_WHOLE, timeout=60):
+        assert re.findall(r"process_group=(.*)\)$", code, re.MULTILINE) == ["(0, 1)"]
 
 
 def sampled(ranks: list[int], op: str, dim: str) -> list[tuple[list, float]]:
