@@ -20,7 +20,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -43,9 +43,6 @@ logger = logging.getLogger(__name__)
 
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 """What arguments can be refused with; a rank tells the others before it raises one of them."""
-
-QUIET_SECONDS = 0.25
-"""A rank that waits longer in a comparison tells that it has come."""
 
 
 def agree(
@@ -186,6 +183,7 @@ def _compare(
             seconds + STORE_SECONDS,
             lambda: _problem(_comparison(state, watch, made), watch, made, mine, seconds),
             made.wake,
+            meanwhile=lambda: _tell(watch),
         )
     except RuntimeError as error:
         if state.calls.failure is not None:
@@ -198,6 +196,12 @@ def _compare(
         _all_ranks_raise(state, made)
         raise problem
     made.waits_for, made.wake = "", None
+
+
+def _tell(watch: Watch) -> None:
+    """Say that this rank has come, for others that give up."""
+    with suppress(RuntimeError):  # a lost store is seen by who waits for it
+        watch.tell()
 
 
 def _problem(
@@ -228,11 +232,7 @@ def _same(mine: str, other: str) -> bool:
 
 def _wait(comparison: Comparison, watch: Watch, made: Pass, seconds: float) -> str:
     """The verdict of the comparison; this rank's own when it has waited for so long."""
-    quiet = min(QUIET_SECONDS, seconds / 4)
-    verdict = comparison.wait(quiet)
-    if verdict is None:
-        watch.tell()
-        verdict = comparison.wait(seconds - quiet)
+    verdict = comparison.wait(seconds)
     if verdict is not None:
         return verdict
     others = [rank for rank in watch.ranks if rank != watch.rank]

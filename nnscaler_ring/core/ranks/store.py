@@ -21,14 +21,21 @@ T = TypeVar("T")
 STORE_SECONDS = 2.0
 """How long a store may take to answer beyond the time that ranks wait for each other."""
 
-_NOTHING = "?"
+QUIET_SECONDS = 0.2
+"""After how long a rank that waits for others says so."""
 
 
-def answer_within(seconds: float, ask: Callable[[], T], wake: threading.Event | None = None) -> T:
+def answer_within(
+    seconds: float,
+    ask: Callable[[], T],
+    wake: threading.Event | None = None,
+    meanwhile: Callable[[], object] | None = None,
+) -> T:
     """What `ask` returns or raises: Note [Bounded answers].
 
     Args:
         wake: ends the wait when it is set; set here when the answer is there.
+        meanwhile: called where the answer takes longer than `QUIET_SECONDS`.
 
     Raises:
         RuntimeError: no answer for that long, or until `wake` was set by somebody else.
@@ -45,6 +52,8 @@ def answer_within(seconds: float, ask: Callable[[], T], wake: threading.Event | 
         done.set()
 
     threading.Thread(target=run, name="nnscaler_ring store", daemon=True).start()
+    if meanwhile is not None and not done.wait(QUIET_SECONDS):
+        threading.Thread(target=meanwhile, name="nnscaler_ring store", daemon=True).start()
     done.wait(seconds)
     if errors:
         raise errors[0]
@@ -54,9 +63,11 @@ def answer_within(seconds: float, ask: Callable[[], T], wake: threading.Event | 
 
 
 def peek(store: dist.Store, key: str) -> str | None:
-    """The value of a key, or None where there is none: one request that never waits."""
-    value = store.compare_set(key, _NOTHING, _NOTHING).decode()
-    return None if value == _NOTHING else value
+    """The value of a key that nobody removes, or None where there is none; does not wait.
+
+    Not by `compare_set` with two values that no key has: that wakes who waits for the key.
+    """
+    return store.get(key).decode() if store.check([key]) else None
 
 
 def patient_client(store: dist.Store) -> dist.Store | None:

@@ -311,7 +311,7 @@ class Watch:
             seconds = STORE_SECONDS + self.calls.bounds.grace
             own = Failure("lost", peers[0], f"{what} failed: {error}")
             try:
-                failure = answer_within(seconds, lambda: self._first_cause(made, own, peers))
+                failure = answer_within(seconds, lambda: self._first_cause(made, own, peers, error))
             except RuntimeError:
                 failure = own
             if failure.kind == "lost" and "closed" in str(error):
@@ -322,7 +322,9 @@ class Watch:
             return RuntimeError(f"{what} failed: {error}.{cause} {WAY_ON}")
         return failure.error(f"{made.op} {made.direction}")
 
-    def _first_cause(self, made: Pass, own: Failure, peers: Sequence[int]) -> Failure:
+    def _first_cause(
+        self, made: Pass, own: Failure, peers: Sequence[int], error: RuntimeError
+    ) -> Failure:
         trouble = PREFIX + "trouble/"
         self.store.set(f"{trouble}{self.rank}", json.dumps(list(peers)))
         deadline = time.monotonic() + self.calls.bounds.grace
@@ -335,9 +337,8 @@ class Watch:
                 return own
             if suspect in self._lost or time.monotonic() > deadline:
                 last = self.last_heard([suspect], self.positions([suspect]))
-                return Failure(
-                    "lost", suspect, f"rank {suspect} is lost or silent ({last}): {own.text}"
-                )
+                text = f"rank {suspect} is lost or silent ({last}), rank {self.rank} saw: {error}"
+                return Failure("lost", suspect, text)
             time.sleep(0.02)
 
     def _blamed(self, trouble: str, peers: Sequence[int]) -> int | None:
