@@ -29,6 +29,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BIAS_BLOCK = (2048, 8192)
 """Rows and keys of a call with score options: a bias and its gradient are built at a time."""
 
+POISONED = False
+"""Tests set it: what the kernel reads before it writes is then NaN."""
+
 
 class CpuTiles:
     """Memory O(rows), also with score options; the same bits for the same number of threads."""
@@ -123,6 +126,7 @@ class _Call(ctypes.Structure):
     """`Call` in native/call.h."""
 
     _fields_ = [
+        ("poisoned", ctypes.c_int64),
         *((n, ctypes.c_int64) for n in ("dtype", "batch", "num_heads", "num_kv_heads", "nq", "nk")),
         *((n, ctypes.c_int64) for n in ("head_dim", "v_head_dim")),
         *((n, _Tensor) for n in ("q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv")),
@@ -142,6 +146,7 @@ class _Call(ctypes.Structure):
 
 def _call(q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> _Call:
     call = _Call()
+    call.poisoned = POISONED
     call.dtype = DTYPES.index(q.dtype)
     call.batch, call.nq, call.num_heads, call.head_dim = q.shape
     call.nk, call.num_kv_heads, call.v_head_dim = v.shape[1:]

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nnscaler_ring import __version__
+from nnscaler_ring.core.kernels.native.library import describe
 from nnscaler_ring.tools.machine import cuda_versions, devices, kernel_table, package_versions
 
 
@@ -21,6 +22,7 @@ def info(as_json: bool) -> None:
         "nnscaler_ring": __version__,
         "versions": package_versions() | cuda_versions(),
         "devices": devices(),
+        "cpu_tiles": describe(),
         "kernels": kernel_table(),
     }
     if as_json:
@@ -42,6 +44,7 @@ def _facts_table(facts: dict[str, Any]) -> Table:
     table.add_row("platform", machine["platform"])
     table.add_row("cpus", f"{machine['cpus']} ({machine['torch_threads']} torch threads)")
     table.add_row("gpus", ", ".join(machine["gpus"]) or "none")
+    table.add_row("kernel cpu_tiles", facts["cpu_tiles"])
     table.add_row("backends", ", ".join(machine["backends"]) or "none")
     return table
 

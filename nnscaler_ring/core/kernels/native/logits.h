@@ -65,6 +65,7 @@ static void modify_logits(const Call& call, const Panel& panel, Keys keys, float
       row_in(FLOAT32, address(call.bias, FLOAT32, panel.batch, panel.first + i, panel.head) +
              keys.first * call.bias.channel * 4, call.bias.channel, keys.count,
              bias_rows + i * KEYS);
+    memset(bias_rows + panel.rows * KEYS, 0, (QUERIES - panel.rows) * KEYS * 4);
     transpose(QUERIES, KEYS, bias_rows, KEYS, bias, QUERIES);
   }
   for (long j = 0; j < keys.count; ++j)
