@@ -127,8 +127,8 @@ class _Call(ctypes.Structure):
 
     _fields_ = [
         ("poisoned", ctypes.c_int64),
-        *((n, ctypes.c_int64) for n in ("dtype", "batch", "num_heads", "num_kv_heads", "nq", "nk")),
-        *((n, ctypes.c_int64) for n in ("head_dim", "v_head_dim")),
+        *((n, ctypes.c_int64) for n in ("dtype", "bias_dtype", "batch", "num_heads")),
+        *((n, ctypes.c_int64) for n in ("num_kv_heads", "nq", "nk", "head_dim", "v_head_dim")),
         *((n, _Tensor) for n in ("q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv")),
         *((n, _Tensor) for n in ("bias", "dbias")),
         *((n, ctypes.c_double) for n in ("softmax_scale", "softcap")),
@@ -167,8 +167,9 @@ def _take_mods(call: _Call, mods: ScoreMods) -> None:
     shape = (call.batch, call.num_heads)
     call.softcap = mods.softcap
     if mods.bias is not None:
-        bias = mods.bias.to(torch.float32)
+        bias = mods.bias if mods.bias.dtype in DTYPES else mods.bias.to(torch.float32)
         call.keep_alive.append(bias)
+        call.bias_dtype = DTYPES.index(bias.dtype)
         call.bias = _strided(bias.expand(*shape, call.nq, call.nk).transpose(1, 2))
     if mods.alibi_slopes is not None:
         # Distances are exact in float32: positions count from the tile's first key.
