@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring import wrap_ring_attn_func, wrap_ring_attn_varlen_func, wrap_zigzag_attn_func
+from nnscaler_ring.core.exchange import EXCHANGES as REGISTERED
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.sums.online_softmax import merge_
 from nnscaler_ring.core.token_index import token_index
@@ -18,7 +19,7 @@ from tests.ranks import RankPool
 from tests.tolerances import assert_close_float64
 
 OPS = ("ring", "zigzag", "zigzag in zigzag order", "varlen")
-EXCHANGES = ("direct", "ring", "all_gather")
+EXCHANGES = tuple(REGISTERED)
 MASKS = (
     {"causal": True},
     {"causal": False},
@@ -52,6 +53,7 @@ class Case:
     kernel: str
     seed: int
     head_dim: int = 4
+    mask: str | None = None
 
     def in_zigzag_order(self) -> "Case":
         """With shard lengths as the zigzag layout gives them."""
@@ -202,9 +204,9 @@ def call(
     case: Case, q: Tensor, k: Tensor, v: Tensor, group: list[int] | None, **more: Any
 ) -> tuple[Tensor, Tensor]:
     """The public function, with every argument of the case and `more`."""
+    seen = {"causal": case.causal, "window_size": case.window_size}
     options = {
-        "causal": case.causal,
-        "window_size": case.window_size,
+        **({"mask": case.mask} if case.mask else seen),
         "process_group": group,
         "exchange": case.exchange,
         "kernel": case.kernel,
@@ -232,6 +234,7 @@ def _compare(case: Case, shards: list[list[Tensor]]) -> None:
         dout,
         causal=case.causal,
         window_size=case.window_size,
+        mask=case.mask,
         cu_seqlens_q=case.cu_seqlens_q,
         cu_seqlens_k=case.cu_seqlens_k,
     )

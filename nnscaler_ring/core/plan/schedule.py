@@ -2,19 +2,36 @@
 
 Note [From spans to a tile]
     Within one document, query row i of one span and key row j of another stand
-    `stride * (j - i) + offset` positions apart, so a mask on the distance of positions is a band on
-    `j - i`. Spans with different strides have no such band and are cut into single tokens, whose
-    stride does not matter.
+    `stride * (j - i) + offset` positions apart, so a band of a mask is a band on `j - i`, and its
+    box of positions a box of rows. Spans with different strides have no such band and are cut into
+    single tokens, whose stride does not matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
+from nnscaler_ring.core.plan.masks import CAUSAL, FULL, Mask, Window
 from nnscaler_ring.core.plan.span import SequenceLayout, Span
 from nnscaler_ring.core.plan.tile import UNBOUNDED, Tile, clip_keys, merge_neighbours, trim
+
+__all__ = [
+    "CAUSAL",
+    "FULL",
+    "Mask",
+    "PairWork",
+    "Rows",
+    "Schedule",
+    "Step",
+    "Window",
+    "cut_rows",
+    "row_count",
+    "tiles_of_spans",
+    "union",
+]
 
 Rows = tuple[tuple[int, int], ...]
 """Runs `[start, stop)` of rows, ascending, not touching."""
@@ -23,31 +40,13 @@ KeyRows = tuple[tuple[int, int, int], ...]
 """Rows `[start, stop)` of a source's shard, as (source, start, stop), one after another."""
 
 
-@dataclass(frozen=True)
-class Mask:
-    """Query position p sees key positions `[p - left, p + right]` of its document, in tokens."""
-
-    left: int = UNBOUNDED
-    right: int = UNBOUNDED
-
-    @classmethod
-    def from_window(cls, causal: bool, window_size: tuple[int, int]) -> Mask:
-        """flash-attn's arguments: -1 is unbounded; `causal` caps the right side at 0."""
-        left, right = (UNBOUNDED if side == -1 else side for side in window_size)
-        return cls(left, min(right, 0) if causal else right)
-
-
-CAUSAL = Mask(right=0)
-FULL = Mask()
-
-
 class Schedule:
     """Which tiles a rank computes, and which key rows it needs for them.
 
     Args:
         q_layout: who holds, and computes, which query rows.
         k_layout: who holds which key rows; as many ranks.
-        mask: which distances of positions are visible.
+        mask: which positions see which.
     """
 
     def __init__(self, q_layout: SequenceLayout, k_layout: SequenceLayout, mask: Mask) -> None:
@@ -78,6 +77,10 @@ class Schedule:
     def needed_rows(self, rank: int, source: int) -> Rows:
         """The key rows of `source` that some query of `rank` sees."""
         return union((tile.k0, tile.k1) for tile in self._pair_tiles(rank, source))
+
+    def pair(self, rank: int, source: int) -> PairWork:
+        """The work of `rank` on the keys of `source`."""
+        return PairWork.of(self, rank, source)
 
     def _pair_tiles(self, rank: int, source: int) -> Iterator[Tile]:
         keys_by_document = self._keys_by_document(source)
@@ -140,6 +143,8 @@ class PairWork:
 
     def step(self, number: int, parts: int) -> Step:
         """One of `parts` equal messages that the needed rows are cut into; later ones are empty."""
+        if parts == 1 and number == 0:
+            return self._all
         total = row_count(self.rows)
         start, stop = (min(n, parts) * total // parts for n in (number, number + 1))
         clipped = (clip_keys(tile, start, stop) for tile in self.tiles)
@@ -147,6 +152,11 @@ class PairWork:
         cut = cut_rows(self.rows, start, stop)
         whole = row_count(cut) == self.source_len
         return Step(self.source, cut, part, _summed(part), whole)
+
+    @cached_property
+    def _all(self) -> Step:
+        whole = row_count(self.rows) == self.source_len
+        return Step(self.source, self.rows, self.tiles, _summed(self.tiles), whole)
 
 
 def row_count(rows: Rows) -> int:
@@ -178,11 +188,21 @@ def tiles_of_spans(q: Span, k: Span, mask: Mask) -> Iterator[Tile]:
         return
     # Note [From spans to a tile].
     offset = k.position - q.position - stride * (k.row - q.row)
-    lo = -UNBOUNDED if mask.left == UNBOUNDED else -((mask.left + offset) // stride)
-    hi = UNBOUNDED if mask.right == UNBOUNDED else (mask.right - offset) // stride
-    tile = trim(Tile(q.row, q.row + q.length, k.row, k.row + k.length, lo, hi))
-    if tile:
-        yield tile
+    for band in mask.bands(q, k):
+        q0, q1 = _rows_between(q, band.q0, band.q1)
+        k0, k1 = _rows_between(k, band.k0, band.k1)
+        lo = -UNBOUNDED if band.lo == -UNBOUNDED else -((offset - band.lo) // stride)
+        hi = UNBOUNDED if band.hi == UNBOUNDED else (band.hi - offset) // stride
+        tile = trim(Tile(q0, q1, k0, k1, lo, hi))
+        if tile:
+            yield tile
+
+
+def _rows_between(span: Span, first: int, stop: int) -> tuple[int, int]:
+    """The rows of a span whose positions are in `[first, stop)`."""
+    before = max(0, -((span.position - first) // span.stride))
+    up_to = min(span.length, -((span.position - stop) // span.stride))
+    return span.row + before, span.row + up_to
 
 
 def union(runs: Iterable[tuple[int, int]]) -> Rows:
