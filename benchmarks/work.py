@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.processes import Worker
 from nnscaler_ring import wrap_ring_attn_func, wrap_ring_attn_varlen_func, wrap_zigzag_attn_func
 from nnscaler_ring.core.plan.layout import LAYOUTS, SequenceLayout
+from nnscaler_ring.core.token_index import token_index
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Run = Callable[[], Sequence[Tensor]]
@@ -109,8 +110,7 @@ def layout_of(name: str, tokens: int, world_size: int) -> SequenceLayout:
 
 def held_tokens(layout: SequenceLayout, rank: int) -> Tensor:
     """The positions of the tokens that a rank holds, in the order of its rows."""
-    runs = [torch.arange(s.length) * s.stride + s.position for s in layout.spans(rank)]
-    return torch.cat(runs)
+    return token_index(layout.positions(rank))
 
 
 def gather(parts: Sequence[Sequence[Tensor]], positions: Sequence[Tensor]) -> list[Tensor]:

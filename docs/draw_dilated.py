@@ -18,7 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
 from nnscaler_ring.core.dilated import DilatedPlan, SpanningRows
-from nnscaler_ring.core.exchange import DirectPlan
 from nnscaler_ring.core.plan.dilation import Branch, HeadOffsets, SpanningSegments
 from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, Schedule
 
@@ -53,9 +52,9 @@ def pairs_of(
                         found[(int(q[i]), int(k[j])), step] += 1
 
     for part in (part for parts in plan.alone for part in parts):
-        assert isinstance(part.exchange, DirectPlan)
+        (compute,) = part.program.forward
         for segment in part.queries.take(_tokens(rank)):
-            paint(part.exchange.tiles, segment[:, 0], segment[:, 0], 0)
+            paint(compute.tiles, segment[:, 0], segment[:, 0], 0)
     for part in plan.shared:
         group = part.queries.group
         rows = SpanningSegments(SHARDS, tuple(branches), group.offsets)

@@ -6,6 +6,7 @@ Every cell is painted by the rank that computes it, darker the later its keys ar
 drawn by hand: the picture is what `Schedule.tiles` returns.
 """
 
+from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -42,7 +43,7 @@ PANELS: tuple[tuple[str, SequenceLayout, Mask], ...] = (
 def paint(layout: SequenceLayout, mask: Mask) -> tuple[list[list[tuple[float, ...]]], list[int]]:
     """An RGB image of the whole matrix in token order, and the visible pairs of every rank."""
     schedule = Schedule(layout, layout, mask)
-    tokens = [_tokens_of_rows(layout, rank) for rank in range(RANKS)]
+    tokens = [list(chain(*layout.positions(rank))) for rank in range(RANKS)]
     image = [[(1.0, 1.0, 1.0)] * TOKENS for _ in range(TOKENS)]
     pairs = [0] * RANKS
     for rank in range(RANKS):
@@ -56,11 +57,6 @@ def paint(layout: SequenceLayout, mask: Mask) -> tuple[list[list[tuple[float, ..
                         if tile.lo <= j - i <= tile.hi:
                             image[tokens[rank][i]][tokens[source][j]] = colour
     return image, pairs
-
-
-def _tokens_of_rows(layout: SequenceLayout, rank: int) -> list[int]:
-    spans = (layout.tokens if isinstance(layout, PackedDocuments) else layout).spans(rank)
-    return [span.position + n * span.stride for span in spans for n in range(span.length)]
 
 
 def shade(colour: str, step: int) -> tuple[float, ...]:

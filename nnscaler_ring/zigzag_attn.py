@@ -20,6 +20,7 @@ from nnscaler_ring.core.op.relayout_op import relayout_op
 from nnscaler_ring.core.plan.layout import LAYOUTS, Zigzag
 from nnscaler_ring.core.ranks.agreement import refusing_together
 from nnscaler_ring.core.ranks.groups import find_place, group_string
+from nnscaler_ring.core.token_index import token_index
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
@@ -146,9 +147,7 @@ def zigzag_positions(
     """
     check_total("total_tokens", total_tokens)
     place = find_place(group_string(process_group))
-    spans = Zigzag(total_tokens, place.world_size).spans(place.block)
-    runs = [torch.arange(s.position, s.position + s.length, device=device) for s in spans]
-    return torch.cat(runs) if runs else torch.arange(0, device=device)
+    return token_index(Zigzag(total_tokens, place.world_size).positions(place.block), device)
 
 
 def _relayout(

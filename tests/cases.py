@@ -12,6 +12,7 @@ from torch import Tensor
 from nnscaler_ring import wrap_ring_attn_func, wrap_ring_attn_varlen_func, wrap_zigzag_attn_func
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.sums.online_softmax import merge_
+from nnscaler_ring.core.token_index import token_index
 from tests.oracle import dense_gradients, make_dout, make_qkv, random_cu_seqlens
 from tests.ranks import RankPool
 from tests.tolerances import assert_close_float64
@@ -249,8 +250,7 @@ def rows_of(case: Case, block: int, keys: bool = False) -> Tensor:
     """The tokens of a block in the caller's layout."""
     name = "zigzag" if case.op == "zigzag in zigzag order" else "contiguous"
     layout = LAYOUTS[name].for_shards(case.shard_lens_k if keys else case.shard_lens)
-    runs = [torch.arange(s.position, s.position + s.length) for s in layout.spans(block)]
-    return torch.cat(runs) if runs else torch.arange(0)
+    return token_index(layout.positions(block))
 
 
 def make_shard_lens(rng: random.Random, kind: str, world_size: int) -> list[int]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nnscaler_ring.core.exchange import GradientStep, Keys, KVExchange
+from nnscaler_ring.core.plan.span import even_edges
 from nnscaler_ring.core.plan.tile import clip_keys
 from nnscaler_ring.core.sums.row_sum import RowSum
 
@@ -41,7 +42,7 @@ class InChunks(NamedTuple):
     def _parts(self, keys: Keys) -> Iterator[tuple[slice, Keys]]:
         """The chunks that somebody reads, and their rows."""
         total = keys.k.shape[1]
-        for start, stop in pairwise(n * total // self.chunks for n in range(self.chunks + 1)):
+        for start, stop in pairwise(even_edges(total, self.chunks)):
             clipped = (clip_keys(tile, start, stop) for tile in keys.tiles)
             tiles = tuple(tile.keys_moved(-start) for tile in clipped if tile)
             if tiles:

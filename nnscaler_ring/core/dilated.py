@@ -18,9 +18,10 @@ from torch import Tensor
 
 from nnscaler_ring.core.chunks import InChunks
 from nnscaler_ring.core.engine import gradient_sums, partial_attention
-from nnscaler_ring.core.exchange import DirectPlan, ExchangePlan, KVExchange
+from nnscaler_ring.core.exchange import KVExchange, Performance, Program
+from nnscaler_ring.core.exchange.program import alone
 from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors
-from nnscaler_ring.core.offered_rows import OfferedRows, OfferedRowsPlan
+from nnscaler_ring.core.offered_rows import OfferedRows, offered_rows_program
 from nnscaler_ring.core.plan.dilation import (
     Branch,
     HeadGroup,
@@ -117,7 +118,7 @@ class Part:
 
     queries: Selection
     keys: Selection
-    exchange: ExchangePlan
+    program: Program
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class DilatedPlan:
         start = sum(shard_lens[:block])
         stop = start + shard_lens[block]
         alone = [
-            _alone(number, branch, whole_segments(start, stop, branch.length), groups, mask)
+            _inside(number, branch, whole_segments(start, stop, branch.length), groups, mask)
             for number, branch in enumerate(branches)
             for groups in [head_groups([branch], head_offsets, num_kv_heads)]
         ]
@@ -156,11 +157,12 @@ class DilatedPlan:
                 schedule = OfferedRows(rows, mask, exchange)
                 queries = SpanningRows(tuple(rows.strips(block)), group)
                 keys = SpanningRows(tuple(schedule.offered[block]), group)
-                shared.append(Part(queries, keys, OfferedRowsPlan(schedule, block, exchange)))
+                program = offered_rows_program(schedule, block, exchange)
+                shared.append(Part(queries, keys, program))
         return cls(tuple(alone), tuple(shared))
 
 
-def _alone(
+def _inside(
     number: int, branch: Branch, segments: WholeSegments, groups: Sequence[HeadGroup], mask: Mask
 ) -> tuple[Part, ...]:
     if not segments.count:
@@ -170,8 +172,7 @@ def _alone(
         (offset,) = group.offsets
         rows = Contiguous((len(range(offset, branch.length, branch.rate)),))
         selection = WholeSegmentRows(number, segments, branch.rate, group)
-        exchange = DirectPlan(Schedule(rows, rows, mask), 0)
-        parts.append(Part(selection, selection, exchange))
+        parts.append(Part(selection, selection, alone(Schedule(rows, rows, mask))))
     return tuple(parts)
 
 
@@ -276,7 +277,7 @@ def dilated_backward(
 
 
 def _started(part: Part, transport: Transport, chunks: int) -> KVExchange:
-    exchange = part.exchange.start(transport)
+    exchange = Performance(part.program, transport)
     return exchange if chunks == 1 else InChunks(exchange, chunks)
 
 

@@ -89,6 +89,7 @@ def partial_attention(
                 step_scores.of(call),
             )
             partial.merge_(call.q, block_out, block_lse)
+        del step  # its memory is needed for the next one
     return partial
 
 

@@ -11,27 +11,17 @@ Note [Rows of several branches]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from nnscaler_ring.core.exchange import (
-    EXCHANGES,
-    DirectPlan,
-    ExchangePlan,
-    GradientStep,
-    Keys,
-    KVExchange,
-    Sent,
-)
+from nnscaler_ring.core.exchange import EXCHANGES, Program
+from nnscaler_ring.core.exchange.program import Action, Compute
 from nnscaler_ring.core.plan.dilation import SpanningSegments, Strip
-from nnscaler_ring.core.plan.layout import Span
 from nnscaler_ring.core.plan.schedule import (
     CAUSAL,
     FULL,
+    KeyRows,
     Mask,
     Rows,
     Schedule,
@@ -39,10 +29,8 @@ from nnscaler_ring.core.plan.schedule import (
     tiles_of_spans,
     union,
 )
+from nnscaler_ring.core.plan.span import Span
 from nnscaler_ring.core.plan.tile import Tile
-from nnscaler_ring.core.ranks.transport import Transport
-from nnscaler_ring.core.scores.coordinates import KeyRows
-from nnscaler_ring.core.sums.row_sum import RowSum
 
 
 class OfferedRows(Schedule):
@@ -55,7 +43,7 @@ class OfferedRows(Schedule):
     def __init__(self, rows: SpanningSegments, mask: Mask, exchange: str) -> None:
         super().__init__(rows, rows, mask)
         assert mask in (CAUSAL, FULL), mask  # `_readers` relies on it
-        self._by_pair = EXCHANGES[exchange] is DirectPlan
+        self._by_pair = not EXCHANGES[exchange].sends_whole_shards
         self._used = [rows.strips(rank) for rank in range(self.world_size)]
         self._documents = [frozenset(s.span.document for s in strips) for strips in self._used]
         self._runs = [union((s.start, s.stop) for s in strips) for strips in self._used]
@@ -172,69 +160,21 @@ class Reading(NamedTuple):
     slices: tuple[slice, ...]
     tiles: tuple[Tile, ...]
 
-    def take(self, x: Tensor) -> Tensor:
-        """The rows that are read."""
-        return torch.cat([x[:, :0], *(x[:, rows] for rows in self.slices)], dim=1)
 
-    def give_back(self, total: RowSum, sums: Tensor) -> None:
-        """Add the gradients of what was taken to those of the step's keys."""
-        offset = 0
-        for rows in self.slices:
-            length = len(range(rows.start, rows.stop, rows.step))
-            total.add_(rows, sums[:, offset : offset + length])
-            offset += length
+def offered_rows_program(schedule: OfferedRows, rank: int, exchange: str) -> Program:
+    """An exchange of offered rows, in which what is computed are the used ones."""
+    read: Callable[[KeyRows], Reading] = cache(lambda rows: schedule.reading(rank, rows))
 
+    def used(action: Action) -> Action:
+        if not isinstance(action, Compute) or not any(
+            schedule.in_runs(rank, source) for source, _, _ in action.rows
+        ):
+            return action
+        slices, tiles = read(action.rows)
+        taken = tuple((rows.start, rows.stop, rows.step) for rows in slices)
+        return action._replace(tiles=tiles, taken=taken)
 
-class OfferedRowsPlan:
-    """An exchange of offered rows, whose steps yield the used ones."""
-
-    def __init__(self, schedule: OfferedRows, rank: int, exchange: str) -> None:
-        self.schedule = schedule
-        self.rank = rank
-        self.exchange: ExchangePlan = EXCHANGES[exchange](schedule, rank)
-        self.reading = cache(lambda rows: schedule.reading(rank, rows))
-
-    def start(self, transport: Transport) -> KVExchange:
-        return _Readings(self, self.exchange.start(transport))
-
-    def sent(self) -> Sent:
-        return self.exchange.sent()
-
-
-class _Readings:
-    def __init__(self, plan: OfferedRowsPlan, exchange: KVExchange) -> None:
-        self._plan = plan
-        self._exchange = exchange
-
-    def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        for keys in self._exchange.steps(k, v):
-            reading = self._reading(keys.rows)
-            if reading is None:
-                yield keys
-            else:
-                yield Keys(reading.take(keys.k), reading.take(keys.v), reading.tiles, keys.rows)
-
-    def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
-        for step in self._exchange.gradient_steps(k, v):
-            reading = self._reading(step.rows)
-            if reading is None:
-                yield step
-                continue
-            taken = reading.take(step.k), reading.take(step.v)
-            dk, dv = RowSum(taken[0]), RowSum(taken[1])
-            yield GradientStep(*taken, reading.tiles, step.rows, dk, dv)
-            reading.give_back(step.dk, dk.current())
-            reading.give_back(step.dv, dv.current())
-
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        return self._exchange.gradients()
-
-    def _reading(self, rows: KeyRows) -> Reading | None:
-        plan = self._plan
-        if not any(plan.schedule.in_runs(plan.rank, source) for source, _, _ in rows):
-            return None
-        reading: Reading = plan.reading(tuple(rows))
-        return reading
+    return EXCHANGES[exchange].program(schedule, rank).replaced(used)
 
 
 def _place_in(runs: Rows, row: int) -> int:

@@ -6,14 +6,12 @@ components. Parts are computed one after another; what each leaves for the merge
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nnscaler_ring.core.dilated import DilatedPlan, Part, SpanningRows, WholeSegmentRows
-from nnscaler_ring.core.exchange import AllGatherPlan, DirectPlan, ExchangePlan, RingPlan
-from nnscaler_ring.core.offered_rows import OfferedRowsPlan
+from nnscaler_ring.core.exchange.program import rows_at_once
 from nnscaler_ring.core.plan.dilation import Branch, HeadGroup, HeadOffsets
-from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, row_count
+from nnscaler_ring.core.plan.schedule import CAUSAL, FULL
 from nnscaler_ring.simulator.memory import Memory
 from nnscaler_ring.simulator.sizes import Sizes
 
@@ -79,7 +77,7 @@ class _Ledger:
         sizes = self.sizes
         largest = 0.0
         for part in self.plan.shared:
-            rows = _rows_in_messages(part.exchange, backward=backward)
+            rows = rows_at_once(part.program, backward=backward)
             largest = max(largest, rows * self._share(part))
         item = 3 * sizes.sum_itemsize if backward else sizes.itemsize
         return round(largest * sizes.kv_numbers * item)
@@ -147,24 +145,3 @@ class _Ledger:
 
 def _heads(group: HeadGroup) -> int:
     return len(range(group.start, group.stop, group.step))
-
-
-def _rows_in_messages(exchange: ExchangePlan, *, backward: bool) -> int:
-    """Rows that are in messages at one time: those that come, and those that go."""
-    if isinstance(exchange, OfferedRowsPlan):
-        exchange = exchange.exchange
-    if isinstance(exchange, DirectPlan):
-        coming = going = 0
-        for round_ in exchange.backward_rounds if backward else exchange.forward_rounds:
-            coming = max(coming, row_count(round_.incoming.rows))
-            going = max(going, row_count(round_.outgoing.rows))
-        return 2 * coming + going
-    if isinstance(exchange, RingPlan):
-        return 3 * max(exchange.k_lens) if len(exchange.k_lens) > 1 else 0
-    assert isinstance(exchange, AllGatherPlan), exchange
-    return _gathered(exchange.k_lens)
-
-
-def _gathered(k_lens: Sequence[int]) -> int:
-    """Padded shards side by side, and the same without padding."""
-    return 2 * len(k_lens) * max(k_lens) if len(k_lens) > 1 else 0

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from nnscaler_ring.core.op.checks import check_branches
 from nnscaler_ring.core.plan.dilation import HeadOffsets
+from nnscaler_ring.core.plan.span import even_lens
 from nnscaler_ring.dilated.memory import DilatedShape, predict_needs
-from nnscaler_ring.simulator.call import equal_shards
 from nnscaler_ring.simulator.sizes import Sizes, dtype_name
 
 GIB = 2**30
@@ -58,7 +58,7 @@ def calculate_optimal_ring_size(
             True,
             HeadOffsets(num_kv_heads=sizes.num_kv_heads),
             exchange,
-            equal_shards(seq_len, ranks),
+            even_lens(seq_len, ranks),
             sizes,
         )
         # The last causal shard has everybody's keys to read.

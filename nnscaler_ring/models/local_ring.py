@@ -21,6 +21,7 @@ from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors, Problem
 from nnscaler_ring.core.op.checks import check_dropout_p, check_mask, check_qkv, check_scale
 from nnscaler_ring.core.plan.layout import Contiguous
 from nnscaler_ring.core.plan.schedule import Mask, Schedule
+from nnscaler_ring.core.plan.span import even_edges, even_lens
 from nnscaler_ring.core.scores.dropout import Dropout, seed_tensor
 from nnscaler_ring.core.scores.scores import Scores
 from nnscaler_ring.core.shape import AttentionShape
@@ -114,9 +115,8 @@ class _Ring:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, chunks: int, mask: Mask, dropout_p: float
     ) -> None:
-        edges = [chunk * q.shape[1] // chunks for chunk in range(chunks + 1)]
-        layout = Contiguous(tuple(b - a for a, b in pairwise(edges)))
-        self.rows = [slice(a, b) for a, b in pairwise(edges)]
+        layout = Contiguous(even_lens(q.shape[1], chunks))
+        self.rows = [slice(*edges) for edges in pairwise(even_edges(q.shape[1], chunks))]
         self.schedule = Schedule(layout, layout, mask)
         self.scale = check_scale(None, q.shape[-1])
         seed = seed_tensor(dropout_p, None)

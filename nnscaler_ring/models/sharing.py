@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nnscaler_ring.core.plan.layout import LAYOUTS
+from nnscaler_ring.core.plan.span import even_lens
 from nnscaler_ring.core.ranks.groups import find_place, group_of, group_string
-from nnscaler_ring.zigzag_attn import zigzag_positions
+from nnscaler_ring.core.token_index import token_index
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
@@ -45,8 +47,7 @@ def even_shard_lens(tokens: int, process_group: ProcessGroupLike | None) -> list
         tokens: of the whole sequence.
     """
     ranks = find_place(group_string(process_group)).world_size
-    edges = [block * tokens // ranks for block in range(ranks + 1)]
-    return [edges[block + 1] - edges[block] for block in range(ranks)]
+    return list(even_lens(tokens, ranks))
 
 
 def positions_of_shard(
@@ -66,10 +67,8 @@ def positions_of_shard(
     """
     place = find_place(group_string(process_group))
     lens = list(shard_lens or [tokens] * place.world_size)
-    if layout == "zigzag":
-        return zigzag_positions(sum(lens), process_group, device=device).unsqueeze(0)
-    start = sum(lens[: place.block])
-    return torch.arange(start, start + tokens, device=device).unsqueeze(0)
+    held = LAYOUTS[layout].for_shards(lens).positions(place.block)
+    return token_index(held, device).unsqueeze(0)
 
 
 def sum_gradients(model: nn.Module, process_group: ProcessGroupLike | None) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import pairwise
+from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from nnscaler_ring.core.exchange import EXCHANGES
+from nnscaler_ring.core.exchange import EXCHANGES, USUAL, Cut, Program
 from nnscaler_ring.core.op.checks import check_cu_seqlens_values, check_shard_lens
 from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments, SequenceLayout
 from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, Rows, Schedule
+from nnscaler_ring.core.plan.span import even_lens
+from nnscaler_ring.core.token_index import token_index
 from nnscaler_ring.simulator.sizes import Sizes
 
 
@@ -78,31 +78,28 @@ class SimulatedCall:
         keys = held if self.k_layout is None else self._layout(self.k_layout)
         return Schedule(held, keys, self.mask)
 
+    def program(self, rank: int, cut: Cut = USUAL) -> Program:
+        """What a rank's exchange does."""
+        return EXCHANGES[self.exchange].program(self.schedule, rank, cut)
+
     def tokens_of(self, layout: SequenceLayout, rank: int, rows: Rows | None = None) -> Tensor:
         """Where in the whole sequence some of a rank's rows stand: int64 [rows]; None: all."""
-        base = layout.tokens if isinstance(layout, PackedDocuments) else layout
-        wanted = ((0, layout.shard_lens[rank]),) if rows is None else rows
-        runs = [torch.arange(0)]
-        for span in base.spans(rank):
-            for start, stop in wanted:
-                first, last = max(start - span.row, 0), min(stop - span.row, span.length)
-                if first < last:
-                    run = torch.arange(first, last)
-                    runs.append(run.mul_(span.stride).add_(span.position))
-        return torch.cat(runs)
+        held = layout.positions(rank)
+        if rows is None:
+            return token_index(held)
+        some = []
+        row = 0
+        for run in held:
+            for start, stop in rows:
+                some.append(run[max(start - row, 0) : max(stop - row, 0)])
+            row += len(run)
+        return token_index(some)
 
     def _layout(self, chosen: str | SequenceLayout) -> SequenceLayout:
         if not isinstance(chosen, str):
             return chosen
-        lens = equal_shards(self.tokens, self.ranks) if self.shard_lens is None else self.shard_lens
-        layout: SequenceLayout = LAYOUTS[chosen].for_shards(lens)
+        lens = even_lens(self.tokens, self.ranks) if self.shard_lens is None else self.shard_lens
+        layout = LAYOUTS[chosen].for_shards(lens, self.cu_seqlens)
         if self.cu_seqlens is None:
             return layout
         return PackedDocuments(layout, self.cu_seqlens, self.cu_seqlens)
-
-
-@lru_cache(maxsize=64)
-def equal_shards(tokens: int, ranks: int) -> tuple[int, ...]:
-    """Contiguous shards that differ by one token at most."""
-    edges = (rank * tokens // ranks for rank in range(ranks + 1))
-    return tuple(stop - start for start, stop in pairwise(edges))

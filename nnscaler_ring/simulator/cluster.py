@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -108,36 +109,78 @@ def load_cluster(name: str) -> Cluster:
             "`nnscaler-ring bench --calibrate` writes one for this machine."
         )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         inside, between = Link(**data.pop("inside")), Link(**data.pop("between"))
         rates = {dtype: Rates(**figures) for dtype, figures in data.pop("rates").items()}
         cluster = Cluster(**data, inside=inside, between=between, rates=rates)
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
+        told = f"{error!r}".replace("\n", " ")[:200]
         raise ValueError(
-            f"device: {path} is not a cluster's file ({error!r}); copy one of {PRESETS}, edit it."
+            f"device: {path} is not a cluster's file ({told}); copy one of {PRESETS}, edit it."
         ) from error
     check_cluster(cluster)
     return cluster
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is not a number")
 
 
 def check_cluster(cluster: Cluster) -> None:
     """Whether the figures can be.
 
     Raises:
-        ValueError: one is not above 0, or overlap is not between 0 and 1.
+        ValueError: a rate or a size is not a finite number above 0, a time not one from 0 on,
+            overlap not one from 0 to 1, devices_per_node not an integer; a text is none, or has
+            characters that cannot be printed.
     """
+    for name in ("name", "source"):
+        text = getattr(cluster, name)
+        if not isinstance(text, str) or not text.isprintable():
+            raise ValueError(f"{name} of a cluster must be one line of text, got {_short(text)}.")
+    if cluster.device_type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"device_type of a cluster must be 'cpu' or 'cuda', got {_short(cluster.device_type)}."
+        )
+    nodes = cluster.devices_per_node
+    if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
+        raise ValueError(
+            f"devices_per_node of a cluster must be an integer above 0, got {_short(nodes)}."
+        )
     figures = {
         "memory_bytes": cluster.memory_bytes,
         "memory_bytes_per_second": cluster.memory_bytes_per_second,
-        "devices_per_node": cluster.devices_per_node,
-        "inside.bytes_per_second": cluster.inside.bytes_per_second,
-        "between.bytes_per_second": cluster.between.bytes_per_second,
     }
-    for dtype, rates in cluster.rates.items():
-        figures[f"rates.{dtype}.forward_flops_per_second"] = rates.forward_flops_per_second
-        figures[f"rates.{dtype}.backward_flops_per_second"] = rates.backward_flops_per_second
+    parts: dict[str, Link | Rates] = {"inside": cluster.inside, "between": cluster.between}
+    parts |= {f"rates.{dtype}": rates for dtype, rates in cluster.rates.items()}
+    for part, holder in parts.items():
+        figures |= {f"{part}.{f.name}": getattr(holder, f.name) for f in fields(holder)}
     for name, figure in figures.items():
-        if not figure > 0:
-            raise ValueError(f"{name} of a cluster must be above 0, got {figure}.")
-    if not 0 <= cluster.overlap <= 1:
-        raise ValueError(f"overlap of a cluster must be from 0 to 1, got {cluster.overlap}.")
+        is_time = name.endswith("_seconds")
+        if not _is_finite(figure) or not (figure >= 0 if is_time else figure > 0):
+            bound = "0 or above" if is_time else "above 0"
+            raise ValueError(
+                f"{name} of a cluster must be {bound} and finite, got {_short(figure)}."
+            )
+    if not _is_finite(cluster.overlap) or not 0 <= cluster.overlap <= 1:
+        raise ValueError(
+            f"overlap of a cluster must be from 0 to 1, got {_short(cluster.overlap)}."
+        )
+
+
+def _is_finite(figure: object) -> bool:
+    """Whether it is a number that a float can hold."""
+    if not isinstance(figure, (int, float)) or isinstance(figure, bool):
+        return False
+    try:
+        return math.isfinite(figure)
+    except OverflowError:
+        return False
+
+
+def _short(value: object) -> str:
+    """A value of a file, short enough for a message of one line."""
+    if isinstance(value, (list, dict)):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = f"{value!r}" if not isinstance(value, int) or abs(value) < 10**50 else "a huge integer"
+    return text if len(text) <= 80 else f"{text[:80]}..."

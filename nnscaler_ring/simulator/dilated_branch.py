@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nnscaler_ring.core.plan.layout import Span
+from nnscaler_ring.core.plan.span import Span
 
 
 @dataclass(frozen=True)

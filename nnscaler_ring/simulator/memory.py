@@ -1,10 +1,9 @@
 """How much memory one rank of a call will hold, foretold from its tiles.
 
 Note [A ledger of one rank]
-    The passes of `core.engine` over the exchanges of `core.exchange`, with tensors replaced by
-    entries in a ledger: who makes what, and until when it lives. A few steps stand for all that
-    are alike, so a plan for any number of ranks takes the same time. Components are those of
-    Note [Components] in profiler.py, where the same quantity is measured.
+    The passes of `core.engine` over the rank's program, with tensors replaced by entries in a
+    ledger: who makes what, and until when it lives. A few messages stand for all that are alike.
+    Components are those of Note [Components] in profiler.py, where the same quantity is measured.
 """
 
 from __future__ import annotations
@@ -13,15 +12,27 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from nnscaler_ring.core.exchange.rounds import BACKWARD_KEYS, FORWARD_KEYS, Distance, Round
+from nnscaler_ring.core.exchange.program import (
+    OWN,
+    Add,
+    Compute,
+    Cut,
+    Free,
+    Gather,
+    Join,
+    Post,
+    Scatter,
+    Wait,
+    performed,
+    travels_apart,
+)
 from nnscaler_ring.core.kernels import AttentionKernel
-from nnscaler_ring.core.plan.schedule import row_count
 from nnscaler_ring.core.plan.tile import UNBOUNDED, Tile
 from nnscaler_ring.core.sums.online_softmax import ROWS_AT_ONCE
 from nnscaler_ring.simulator.call import SimulatedCall
 
 ALIKE = 3
-"""Distances at the near end, and at the far end, whose steps stand for all."""
+"""Messages of a pair of ranks that stand for all but the last: see `Cut`."""
 
 
 @dataclass(frozen=True)
@@ -160,12 +171,7 @@ class _Ledger:
     def forward(self) -> None:
         sizes = self.call.sizes
         self.partial = _Sum("partial", self.rows, (sizes.out_numbers,))
-        exchange = {
-            "direct": self._direct_forward,
-            "ring": self._ring_forward,
-            "all_gather": self._all_gather_forward,
-        }[self.call.exchange]
-        exchange()
+        self.perform(backward=False)
         if self.partial.itemsize is None:
             self._to_sum(self.partial, extra=sizes.lse_bytes)
         if self.partial.itemsize != sizes.itemsize:
@@ -178,12 +184,8 @@ class _Ledger:
         self.hold("results:out", self.rows * (2 * sizes.out_numbers * item + sizes.lse_bytes))
         self.dq = _Sum("dq", self.rows, (sizes.q_numbers,))
         self.home = _Sum("home", self.keys, (sizes.k_numbers, sizes.v_numbers))
-        exchange = {
-            "direct": self._direct_backward,
-            "ring": self._ring_backward,
-            "all_gather": self._all_gather_backward,
-        }[self.call.exchange]
-        exchange()
+        self.sums = {OWN: self.home}
+        self.perform(backward=True)
         for total in (self.dq, self.home):
             if total.itemsize is None:
                 self._to_sum(total)
@@ -273,165 +275,97 @@ class _Ledger:
                 chosen.append(tile)
         return chosen
 
-    # The exchanges of core/exchange.
+    # The actions of an exchange: core/exchange/perform.py.
 
-    def _rounds(self, keys: int) -> list[Round]:
-        """The messages at some distances, of which a few stand for all of a distance."""
-        ranks, longest = self.schedule.world_size, max(self.schedule.k_lens)
-        distances = sorted({*range(1, min(ALIKE + 1, ranks)), *range(max(1, ranks - ALIKE), ranks)})
-        found: list[Round] = []
-        for distance in distances:
-            some = Distance.of(self.schedule, self.rank, distance)
-            count = max(some.parts(longest, keys))
-            found += some.rounds(longest, keys, sorted({*range(min(ALIKE, count)), count - 1}))
-        return found
+    def perform(self, *, backward: bool) -> None:
+        """A pass of the rank's program, of whose many messages a few stand for all."""
+        program = self.call.program(self.rank, Cut(listed=ALIKE))
+        for action in performed(program.actions(backward=backward), in_order=False):
+            match action:
+                case Post() if action.carries == "keys":
+                    self._post_keys(action)
+                case Post():
+                    self._post_gradients(action)
+                case Wait():
+                    self.drop(f"messages:out {action.transfer}")
+                case Compute():
+                    self._compute(action, backward)
+                case Free():
+                    self.drop(*(f"kv_chunk:{action.place} {part}" for part in ("", "k", "v")))
+                case Add():
+                    self._to_sum(self.sums[action.to])
+                    self.drop(f"messages:in {action.place}")
+                case Join():
+                    rows = sum(stop - start for _, start, stop in action.pieces)
+                    self.hold(f"kv_chunk:{action.place} ", rows * self.kv_row)
+                case Gather():
+                    self._gather(f"kv_chunk:{action.place} k", self.call.sizes.k_numbers)
+                    self._gather(f"kv_chunk:{action.place} v", self.call.sizes.v_numbers)
+                case Scatter():
+                    self._scatter(self.sums.pop(action.place))
 
-    def _local_tiles(self) -> list[Tile]:
-        return self.schedule.tiles(self.rank, (self.rank,))
-
-    def _post(self, number: int, rounds: Sequence[Round]) -> None:
-        if number < len(rounds):
-            incoming, outgoing = rounds[number].incoming, rounds[number].outgoing
-            if not outgoing.is_one_piece(self.call.sizes.batch):
-                self.hold(f"messages:packed {number}", row_count(outgoing.rows) * self.kv_row)
-            self.hold(f"messages:in {number}", row_count(incoming.rows) * self.kv_row)
-
-    def _arrive(self, number: int, rounds: Sequence[Round]) -> None:
-        self.drop(f"messages:packed {number}")
-        self.live[f"kv_chunk:{number}"] = self.live.pop(f"messages:in {number}")
-        self._post(number + 1, rounds)
-
-    def _direct_forward(self) -> None:
-        rounds = self._rounds(FORWARD_KEYS)
-        self._post(0, rounds)
-        self.compute(self._local_tiles())
-        for number, round_ in enumerate(rounds):
-            self._arrive(number, rounds)
-            self.drop(f"kv_chunk:{number - 1}")
-            self.compute(round_.incoming.tiles)
-
-    def _direct_backward(self) -> None:
-        sizes = self.call.sizes
-        rounds = self._rounds(BACKWARD_KEYS)
-        self._post(0, rounds)
-        self.compute_gradients(self._local_tiles(), self.home)
-        for number, round_ in enumerate(rounds):
-            self.drop(f"kv_chunk:{number - 1}")
-            self._arrive(number, rounds)
-            incoming, outgoing = round_.incoming, round_.outgoing
-            rows_in, rows_out = row_count(incoming.rows), row_count(outgoing.rows)
-            keys = _Sum(f"message {number}", rows_in, (sizes.k_numbers, sizes.v_numbers))
-            self.compute_gradients(incoming.tiles, keys)
-            item = sizes.sum_itemsize if incoming.summed else sizes.itemsize
-            made = self.live.pop(f"sums:message {number}", 0)
-            self.hold(f"messages:home {number}", made)
-            if keys.itemsize != item and rows_in:
-                self.hold("messages:cast", rows_in * sizes.kv_numbers * item)
-                self.drop("messages:cast")
-                self.hold(f"messages:home {number}", rows_in * sizes.kv_numbers * item)
-            back = sizes.sum_itemsize if outgoing.summed else sizes.itemsize
-            size = rows_out * sizes.kv_numbers * back
-            self.hold(f"messages:returning {number}", size)
-            self.drop(f"messages:returning {number - 2}")
-            self._settle(number - 1, rounds)
-        self.drop(f"kv_chunk:{len(rounds) - 1}")
-        self._settle(len(rounds) - 1, rounds)
-        self.live = Counter(
-            {name: n for name, n in self.live.items() if not name.startswith("messages")}
+    def _post_keys(self, action: Post) -> None:
+        batch = self.call.sizes.batch
+        packed = sum(
+            send.length
+            for send in action.sends
+            if not travels_apart(len(send.rows), send.whole, batch)
         )
+        if packed:
+            self.hold(f"messages:out {action.transfer}", packed * self.kv_row)
+        for receive in action.receives:
+            self.hold(f"messages:in {receive.place}", receive.length * self.kv_row)
 
-    def _settle(self, number: int, rounds: Sequence[Round]) -> None:
-        if number >= 0:
-            self.drop(f"messages:home {number}")
-            if rounds[number].outgoing.rows:
-                self._to_sum(self.home)
-
-    def _sources(self) -> list[int]:
-        """The ring's order; a few distances stand for all."""
-        ranks = self.schedule.world_size
-        far = range(max(ALIKE + 1, ranks - ALIKE), ranks)
-        return [(self.rank - d) % ranks for d in (*range(min(ALIKE + 1, ranks)), *far)]
-
-    def _ring_forward(self) -> None:
-        sources = self._sources()
-        for distance, source in enumerate(sources):
-            for following in sources[distance + 1 : distance + 2]:
-                size = self.schedule.k_lens[following] * self.kv_row
-                self.hold(f"messages:{distance + 1}", size)
-            self.drop(f"kv_chunk:{distance - 1}")
-            self.compute(self.schedule.tiles(self.rank, (source,)))
-            if f"messages:{distance + 1}" in self.live:
-                self.live[f"kv_chunk:{distance + 1}"] = self.live.pop(f"messages:{distance + 1}")
-
-    def _ring_backward(self) -> None:
+    def _post_gradients(self, action: Post) -> None:
         sizes = self.call.sizes
-        wide = sizes.kv_numbers * sizes.sum_itemsize
-        sources = self._sources()
-        for distance, source in enumerate(sources):
-            rows = self.schedule.k_lens[source]
-            for following in sources[distance + 1 : distance + 2]:
-                size = self.schedule.k_lens[following] * self.kv_row
-                self.hold(f"messages:{distance + 1}", size)
-            tiles = self.schedule.tiles(self.rank, (source,))
-            if distance == 0:
-                self.compute_gradients(tiles, self.home)
+        out = f"messages:out {action.transfer}"
+        sent = 0
+        for send in action.sends:
+            total = self.sums[send.place]
+            item = sizes.sum_itemsize if send.wide else sizes.itemsize
+            if send.whole and total.itemsize == item:
+                sent += self.live.pop(f"sums:{total.name}", 0)
+                self.live[out] = sent
             else:
-                self.drop(f"kv_chunk:{distance - 1}")
-                keys = _Sum(f"message {distance}", rows, (sizes.k_numbers, sizes.v_numbers))
-                self.compute_gradients(tiles, keys)
-                self.drop("messages:sums")
-                if distance > 1:
-                    self._to_sum(keys)
-                self.drop("messages:so far")
-                following = sources[(distance + 1) % len(sources)]
-                self.hold("messages:so far", self.schedule.k_lens[following] * wide)
-                if keys.itemsize != sizes.sum_itemsize:
-                    self.hold("messages:sums", rows * wide)
-                    self.drop(f"sums:message {distance}")
-                else:
-                    self.live["messages:sums"] = self.live.pop(f"sums:message {distance}")
-            if f"messages:{distance + 1}" in self.live:
-                self.live[f"kv_chunk:{distance + 1}"] = self.live.pop(f"messages:{distance + 1}")
-        if len(sources) > 1:
-            self._to_sum(self.home)
-        self.live = Counter(
-            {n: size for n, size in self.live.items() if not n.startswith(("messages", "kv_chunk"))}
-        )
+                sent += send.length * sizes.kv_numbers * item
+                self.hold(out, sent)
+        for place in {send.place for send in action.sends}:
+            self.drop(f"sums:{self.sums.pop(place).name}")
+        for receive in action.receives:
+            item = sizes.sum_itemsize if receive.wide else sizes.itemsize
+            self.hold(f"messages:in {receive.place}", receive.length * sizes.kv_numbers * item)
+
+    def _compute(self, action: Compute, backward: bool) -> None:
+        place, sizes = action.place, self.call.sizes
+        if f"messages:in {place}" in self.live:
+            self.live[f"kv_chunk:{place} "] = self.live.pop(f"messages:in {place}")
+        if not backward:
+            self.compute(action.tiles)
+            return
+        if place not in self.sums:
+            rows = sum(stop - start for _, start, stop in action.rows)
+            parts = sizes.k_numbers, sizes.v_numbers
+            self.sums[place] = _Sum(f"place {place}", rows, parts)
+        self.compute_gradients(action.tiles, self.sums[place])
 
     def _gather(self, name: str, numbers: int) -> None:
         lens, item = self.schedule.k_lens, self.call.sizes.itemsize
-        if len(lens) == 1:
-            return
         self.hold("messages:padded", max(lens) * numbers * item)
         self.hold("messages:gathered", len(lens) * max(lens) * numbers * item)
         if self.call.sizes.batch > 1 or min(lens) != max(lens):
             self.drop("messages:padded")
             self.hold("messages:joined", sum(lens) * numbers * item)
         self.drop("messages:padded", "messages:gathered", "messages:joined")
-        self.hold(f"kv_chunk:{name}", sum(lens) * numbers * item)
+        self.hold(name, sum(lens) * numbers * item)
 
-    def _all_gather_forward(self) -> None:
-        sizes = self.call.sizes
-        self._gather("k", sizes.k_numbers)
-        self._gather("v", sizes.v_numbers)
-        self.compute(self.schedule.tiles(self.rank, range(self.schedule.world_size)))
-
-    def _all_gather_backward(self) -> None:
+    def _scatter(self, keys: _Sum) -> None:
         sizes, lens = self.call.sizes, self.schedule.k_lens
-        self._gather("k", sizes.k_numbers)
-        self._gather("v", sizes.v_numbers)
-        keys = _Sum("all keys", sum(lens), (sizes.k_numbers, sizes.v_numbers))
-        self.compute_gradients(self.schedule.tiles(self.rank, range(len(lens))), keys)
-        if len(lens) == 1:
-            self.home.itemsize = keys.itemsize
-            self.live["sums:home"] = self.live.pop("sums:all keys")
-            return
-        for number, numbers in enumerate((sizes.k_numbers, sizes.v_numbers)):
+        for number, numbers in enumerate(keys.parts):
             size = len(lens) * max(lens) * numbers * sizes.sum_itemsize
             self.hold("messages:padded", size)
             self.hold("messages:in order", size)
             self.hold(f"sums:mine {number}", max(lens) * numbers * sizes.sum_itemsize)
             self.drop("messages:padded", "messages:in order")
-        self.drop("sums:mine 0", "sums:mine 1", "sums:all keys", "kv_chunk:k", "kv_chunk:v")
+        self.drop("sums:mine 0", "sums:mine 1", f"sums:{keys.name}")
         self.home.itemsize = sizes.sum_itemsize
         self.live["sums:home"] = self.keys * sizes.kv_numbers * sizes.sum_itemsize

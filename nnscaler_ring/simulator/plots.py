@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnscaler_ring.core.plan.layout import PackedDocuments
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.timeline import Timeline
 
@@ -129,6 +128,5 @@ def plot_mask(path: Path, call: SimulatedCall, title: str) -> Path:
 
 
 def _tokens(call: SimulatedCall, layout: Any, rank: int) -> Sequence[int]:
-    base = layout.tokens if isinstance(layout, PackedDocuments) else layout
-    tokens: list[int] = call.tokens_of(base, rank).tolist()
+    tokens: list[int] = call.tokens_of(layout, rank).tolist()
     return tokens

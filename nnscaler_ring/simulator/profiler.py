@@ -186,7 +186,7 @@ class _WatchedExchange:
         while True:
             # The exchange makes two kinds of tensors: messages, and sums, which start as zeros or
             # as a copy in float32.
-            with self.meter.making("messages", zeros_like="sums", _to_copy="sums"):
+            with self.meter.making("messages", zeros="sums", _to_copy="sums"):
                 step = next(steps, None)
             if step is None:
                 return

@@ -21,7 +21,6 @@ from nnscaler_ring.simulator.plots import plot_mask, plot_memory, plot_timeline
 from nnscaler_ring.simulator.profiler import RingAttentionMemoryProfiler
 from nnscaler_ring.simulator.sampled_rows import exact_rows
 from nnscaler_ring.simulator.simulator import RingAttentionSimulator
-from nnscaler_ring.simulator.stand_in import exchange_plan
 from nnscaler_ring.simulator.timeline import Timeline, simulate_timeline
 from nnscaler_ring.tools.machine import device_name
 
@@ -125,9 +124,7 @@ def _run(
         tokens = call.tokens_of(layout, rank)
     rows = torch.linspace(0, len(tokens) - 1, min(SAMPLED_ROWS, len(tokens))).long().unique()
     errors = [_error(simulator, out, int(row), int(tokens[row])) for row in rows]
-    predicted = [
-        call.sizes.sent_bytes(exchange_plan(call.exchange, call.schedule, r).sent()) for r in ranks
-    ]
+    predicted = [call.sizes.sent_bytes(call.program(r).sent()) for r in ranks]
     return {
         "sampled_rows": len(rows),
         "largest_error": max(errors),

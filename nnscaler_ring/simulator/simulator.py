@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.engine import Gradients, attention_backward, attention_forward
-from nnscaler_ring.core.exchange import KVExchange
+from nnscaler_ring.core.exchange import KVExchange, Performance
 from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors, select_kernel
 from nnscaler_ring.core.plan.schedule import Rows
 from nnscaler_ring.core.ranks.groups import Traffic
@@ -25,7 +25,7 @@ from nnscaler_ring.core.scores.scores import Scores
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.inputs import Inputs
 from nnscaler_ring.simulator.score_options import PLAIN, ScoreOptions
-from nnscaler_ring.simulator.stand_in import Peers, Queries, exchange_plan, stand_in
+from nnscaler_ring.simulator.stand_in import Peers, Queries
 
 
 class Share(NamedTuple):
@@ -136,7 +136,9 @@ class RingAttentionSimulator:
         problem = options.problem(call.sizes.problem(torch.device(device).type))
         self.kernel = select_kernel(call.kernel, problem)
         self._shares = _Shares(self)
-        self._peers = Peers(call.schedule, self._shares, self.kernel, self._scores)
+        self._peers = Peers(
+            call.schedule, self._shares, self.kernel, call.program, self._scores, call.sizes.batch
+        )
 
     def rank_share(
         self, rank: int, *, backward: bool = False, observer: Observer | None = None
@@ -223,14 +225,14 @@ class RingAttentionSimulator:
     def _forward(
         self, rank: int, q: Tensor, k: Tensor, v: Tensor, watch: Observer
     ) -> tuple[Tensor, Tensor, Traffic]:
-        plan = exchange_plan(self.call.exchange, self.call.schedule, rank)
-        transport = stand_in(plan, rank, self._peers, backward=False, aside=watch.aside)
+        transport = self._peers.stand_in(rank, backward=False, aside=watch.aside)
+        exchange = Performance(self.call.program(rank), transport)
         with watch.running():
             out, lse = attention_forward(
                 q,
                 k,
                 v,
-                exchange=watch.exchange(plan.start(transport)),
+                exchange=watch.exchange(exchange),
                 kernel=watch.kernel(self.kernel),
                 scores=self._scores(rank, watch),
                 sinks=self.options.sinks,
@@ -241,12 +243,12 @@ class RingAttentionSimulator:
     def _backward(
         self, rank: int, own: Queries, k: Tensor, v: Tensor, watch: Observer
     ) -> tuple[Gradients, Traffic]:
-        plan = exchange_plan(self.call.exchange, self.call.schedule, rank)
-        transport = stand_in(plan, rank, self._peers, backward=True, aside=watch.aside)
+        transport = self._peers.stand_in(rank, backward=True, aside=watch.aside)
+        exchange = Performance(self.call.program(rank), transport)
         with watch.running():
             gradients = attention_backward(
                 BackwardTensors(own.dout, None, own.q, k, v, own.out, own.softmax_lse),
-                exchange=watch.exchange(plan.start(transport)),
+                exchange=watch.exchange(exchange),
                 kernel=watch.kernel(self.kernel),
                 scores=self._scores(rank, watch, dbias=True),
                 sinks=self.options.sinks,

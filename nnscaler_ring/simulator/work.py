@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nnscaler_ring.core.exchange import DirectPlan
-from nnscaler_ring.core.exchange.rounds import Distance, Round
+from nnscaler_ring.core.exchange import USUAL
+from nnscaler_ring.core.exchange.rounds import Distance, Round, rounds_of
 from nnscaler_ring.core.plan.schedule import row_count
 from nnscaler_ring.core.plan.tile import Tile
 from nnscaler_ring.simulator.call import SimulatedCall
@@ -54,9 +54,9 @@ class RankWork:
 
 def rank_work(call: SimulatedCall, rank: int, *, backward: bool) -> RankWork:
     """What a rank does with the direct exchange, message by message."""
-    plan = DirectPlan(call.schedule, rank)
-    rounds = plan.backward_rounds if backward else plan.forward_rounds
-    return RankWork(rank, plan.tiles, tuple(map(StepWork.of, rounds)))
+    rounds = rounds_of(call.schedule, rank, USUAL.backward_keys if backward else USUAL.forward_keys)
+    tiles = tuple(call.schedule.tiles(rank, (rank,)))
+    return RankWork(rank, tiles, tuple(map(StepWork.of, rounds)))
 
 
 def ring_work(call: SimulatedCall, rank: int) -> RankWork:

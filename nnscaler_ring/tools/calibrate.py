@@ -31,7 +31,6 @@ from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.cluster import Cluster, Link, Rates
 from nnscaler_ring.simulator.memory import KernelTraits, predict_memory, traits_of
 from nnscaler_ring.simulator.sizes import Sizes
-from nnscaler_ring.simulator.stand_in import exchange_plan
 from nnscaler_ring.simulator.timeline import simulate_timeline
 from nnscaler_ring.tools.demo.memory import count_tensor_bytes
 from nnscaler_ring.tools.launch import Rank, run_ranks
@@ -162,10 +161,7 @@ def _row(case: Case, cluster: Cluster, measured: Sequence[dict[str, Any]]) -> di
         for name in ("forward", "backward")
     }
     step, predicted_step = sum(seconds.values()), sum(predicted.values())
-    sent = [
-        call.sizes.sent_bytes(exchange_plan(call.exchange, call.schedule, rank).sent()).total_bytes
-        for rank in range(RANKS)
-    ]
+    sent = [call.sizes.sent_bytes(call.program(rank).sent()).total_bytes for rank in range(RANKS)]
     memory = [predict_memory(call, rank, traits, backward=True).total for rank in range(RANKS)]
     counted = [figures["memory"] for figures in measured]
     return {

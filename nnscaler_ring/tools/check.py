@@ -21,6 +21,7 @@ from torch import Tensor
 from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.kernels import Problem
 from nnscaler_ring.core.plan.layout import Contiguous, SequenceLayout, Zigzag
+from nnscaler_ring.core.token_index import token_index
 from nnscaler_ring.dilated_attn import wrap_dilated_attn_func
 from nnscaler_ring.ring_attn import wrap_ring_attn_func
 from nnscaler_ring.ring_attn_varlen import wrap_ring_attn_varlen_func
@@ -150,8 +151,7 @@ def errors_on_rank(rank: Rank, cases: list[Case]) -> list[float]:
 def _error(rank: Rank, case: Case) -> float:
     q, k, v, dout = _inputs(case.tokens, case.dtype)
     layout = case.layout(rank.world_size)
-    spans = layout.spans(rank.rank)
-    rows = torch.cat([torch.arange(s.position, s.position + s.length) for s in spans])
+    rows = token_index(layout.positions(rank.rank))
     mine = [x[:, rows].to(rank.device) for x in (q, k, v, dout)]
     actual = _call(case, rank, layout, *mine)
     dilated = case.op == "dilated"

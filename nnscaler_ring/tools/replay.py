@@ -11,7 +11,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,19 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
-from nnscaler_ring.core.exchange import DirectPlan
-from nnscaler_ring.core.exchange.rounds import Round
+from nnscaler_ring.core.exchange import Performance, Program
+from nnscaler_ring.core.exchange.program import Post, Receive, performed
 from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors, Problem, select_kernel
 from nnscaler_ring.core.plan.schedule import Mask
 from nnscaler_ring.core.plan.tile import UNBOUNDED
 from nnscaler_ring.core.ranks.groups import Place, Traffic
-from nnscaler_ring.core.ranks.transport import Kind, Message
 from nnscaler_ring.core.scores.scores import Scores
 from nnscaler_ring.core.sums.online_softmax import merge_
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.cluster import Cluster, load_cluster
 from nnscaler_ring.simulator.sizes import Sizes
-from nnscaler_ring.simulator.stand_in import Answer, StandIn
+from nnscaler_ring.simulator.stand_in import StandIn
 
 MODELLED = "h200"
 """The cluster whose links stand for the communication."""
@@ -191,50 +190,54 @@ class Replay:
         """
         call = self.case.call(ranks)
         layout = call.schedule.k_layout
-        plan, kernel = DirectPlan(call.schedule, rank), self.kernel
+        program, kernel = call.program(rank), self.kernel
         mine = call.tokens_of(layout, rank).to(self.device)
         q, k, v, dout = (x[:, mine] for x in (self.q, self.k, self.v, self.dout))
         scores = Scores(call.scale)
+        tokens = {
+            receive.rows: torch.cat(
+                [call.tokens_of(layout, n, ((start, stop),)) for n, start, stop in receive.rows]
+            ).to(self.device)
+            for backward in (False, True)
+            for post in _posts(program, backward=backward)
+            if post.carries == "keys"
+            for receive in post.receives
+        }
 
-        def keys_of(rounds: Iterable[Round]) -> list[Answer]:
-            tokens = [
-                call.tokens_of(layout, r.incoming.source, r.incoming.rows).to(self.device)
-                for r in rounds
-            ]
-            return [lambda receives, some=some: self._fill_keys(receives, some) for some in tokens]  # type: ignore[misc]
+        def fill_keys(receive: Receive, tensors: Sequence[Tensor]) -> None:
+            rows = torch.cat([x[:, tokens[receive.rows]].flatten() for x in (self.k, self.v)])
+            for x, some in zip(tensors, rows.split([x.numel() for x in tensors]), strict=True):
+                x.view(-1).copy_(some)
 
-        answers = {"forward_kv": keys_of(plan.forward_rounds)}
-        answers["backward_kv"] = keys_of(plan.backward_rounds)
-        answers["gradient"] = [_fill_with_zeros] * len(answers["backward_kv"])
-
-        def exchange() -> Any:
-            kinds: dict[Kind, Iterator[Answer]]
-            kinds = {kind: iter(some) for kind, some in answers.items()}  # type: ignore[misc]
-            place = Place(None, tuple(range(ranks)), rank)
-            counted = Traffic() if sent is None else sent
-            return plan.start(StandIn(place, counted, "replay", 0, kinds, aside=aside))
+        def exchange(*, backward: bool) -> Performance:
+            transport = StandIn(
+                Place(None, tuple(range(ranks)), rank),
+                Traffic() if sent is None else sent,
+                "replay",
+                0,
+                posts=iter(_posts(program, backward=backward)),
+                keys=fill_keys,
+                gradients=_fill_with_zeros,
+                aside=aside,
+            )
+            return Performance(program, transport)
 
         def run() -> tuple[Tensor, Tensor | None]:
-            out, lse = attention_forward(q, k, v, exchange=exchange(), kernel=kernel, scores=scores)
+            out, lse = attention_forward(
+                q, k, v, exchange=exchange(backward=False), kernel=kernel, scores=scores
+            )
             if not self.case.backward:
                 return out, None
             tensors = BackwardTensors(dout, None, q, k, v, out, lse)
             gradients = attention_backward(
                 tensors,
-                exchange=exchange(),
+                exchange=exchange(backward=True),
                 kernel=kernel,
                 scores=scores,
             )
             return out, gradients.dq
 
         return run
-
-    def _fill_keys(self, receives: Sequence[Message], tokens: Tensor) -> None:
-        if receives:
-            rows = torch.cat([x[:, tokens].flatten() for x in (self.k, self.v)])
-            sizes = [message.tensor.numel() for message in receives]
-            for message, some in zip(receives, rows.split(sizes), strict=True):
-                message.tensor.view(-1).copy_(some)
 
     def sdpa(self) -> Callable[[], object] | None:
         """A run of F.scaled_dot_product_attention; None for what it cannot compute."""
@@ -251,9 +254,14 @@ class Replay:
         return run
 
 
-def _fill_with_zeros(receives: Sequence[Message]) -> None:
-    for message in receives:
-        message.tensor.zero_()
+def _posts(program: Program, *, backward: bool) -> list[Post]:
+    actions = performed(program.actions(backward=backward), in_order=False)
+    return [action for action in actions if isinstance(action, Post)]
+
+
+def _fill_with_zeros(receive: Receive, tensors: Sequence[Tensor]) -> None:
+    for x in tensors:
+        x.zero_()
 
 
 def measure(case: Case, device: torch.device, *, reps: int) -> dict[str, Any]:

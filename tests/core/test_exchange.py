@@ -9,8 +9,11 @@ from torch import Tensor
 
 import nnscaler_ring
 from nnscaler_ring.core.engine import attention_backward, attention_forward
-from nnscaler_ring.core.exchange import EXCHANGES, DirectPlan, ExchangePlan
+from nnscaler_ring.core.exchange import EXCHANGES, Cut, Performance, Program
 from nnscaler_ring.core.exchange import rounds as rounds_module
+from nnscaler_ring.core.exchange.direct import direct
+from nnscaler_ring.core.exchange.program import Post
+from nnscaler_ring.core.exchange.rounds import rounds_of
 from nnscaler_ring.core.kernels import BackwardTensors
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
@@ -110,7 +113,7 @@ def _equals_the_plan(
     what: str,
 ) -> None:
     row = row_elements(case)
-    sent = EXCHANGES[case.exchange](problem.schedule, block).sent()
+    sent = EXCHANGES[case.exchange].program(problem.schedule, block).sent()
     kv_bytes = sent.kv_rows * row * dtype.itemsize
     assert forward.forward_kv_bytes == kv_bytes, what
     assert forward.total_bytes - forward.relayout_bytes == kv_bytes, what
@@ -248,10 +251,9 @@ def engine_inputs(seed: int, problem: Problem, batch: int, v_head_dim: int = 3) 
     return q, k, v, make_dout(seed, q, v)
 
 
-def plan_of(name: str, problem: Problem, block: int, keys_per_message: int) -> ExchangePlan:
-    if name == "direct":
-        return DirectPlan(problem.schedule, block, 2 * keys_per_message, keys_per_message)
-    return EXCHANGES[name](problem.schedule, block)
+def program_of(name: str, problem: Problem, block: int, keys_per_message: int) -> Program:
+    cut = Cut(2 * keys_per_message, keys_per_message)
+    return EXCHANGES[name].program(problem.schedule, block, cut)
 
 
 def run_plans(ranks: list[int], cases: list[tuple]) -> list[tuple]:
@@ -263,16 +265,16 @@ def run_plans(ranks: list[int], cases: list[tuple]) -> list[tuple]:
         q, k, v, dout = engine_inputs(seed, problem, batch)
         q, dout = (x[:, problem.q_tokens[place.block]] for x in (q, dout))
         k, v = (x[:, problem.k_tokens[place.block]] for x in (k, v))
-        plan = plan_of(name, problem, place.block, keys_per_message)
+        program = program_of(name, problem, place.block, keys_per_message)
         transport = Transport(place, counted, "test", seed)
         options = {"kernel": KERNELS[kernel_name], "scores": Scores(0.4)}
         start = counted.copy()
-        out, lse = attention_forward(q, k, v, exchange=plan.start(transport), **options)
+        out, lse = attention_forward(q, k, v, exchange=Performance(program, transport), **options)
         middle = counted.copy()
         tensors = BackwardTensors(dout, None, q, k, v, out, lse)
         grads = attention_backward(
             tensors,
-            exchange=plan.start(transport),
+            exchange=Performance(program, transport),
             **options,
         )[:3]
         results.append(([out, lse, *grads], middle - start, counted.copy() - middle))
@@ -310,7 +312,7 @@ def check_plans(pool, cases: list[tuple]) -> None:
                 what = f"block {block}, {name}, {keys_per_message=}, {batch=}: {problem.what}"
                 results, forward, backward = shards[block][seed]
                 assert_rows_equal(problem, block, results, expected, what)
-                sent = plan_of(name, problem, block, keys_per_message).sent()
+                sent = program_of(name, problem, block, keys_per_message).sent()
                 gradients = sent.gradient_rows + sent.summed_gradient_rows
                 assert forward.total_bytes == sent.kv_rows * row_bytes, what
                 assert backward.backward_kv_bytes == sent.kv_rows * row_bytes, what
@@ -326,7 +328,7 @@ def test_small_messages_equal_dense(pool):
         for problem in problems
     ]
     rounds = [
-        len([*plan_of("direct", problem, 0, keys_per_message).backward_rounds])
+        len([*rounds_of(problem.schedule, 0, keys_per_message)])
         for problem, _, keys_per_message, *_ in cases
     ]
     assert sum(n > 3 for n in rounds) > 20, rounds  # more rounds than there are other ranks
@@ -386,8 +388,7 @@ def test_messages_follow_the_rows_that_a_pair_needs(pool):
             kv = 2 * messages_of(problem, 32, rank)
             assert forward.messages == kv, problem.what
             homebound = [
-                2 * (row_count(x.incoming.rows) > 0)
-                for x in DirectPlan(problem.schedule, rank, 32, 16).backward_rounds
+                2 * (row_count(x.incoming.rows) > 0) for x in rounds_of(problem.schedule, rank, 16)
             ]
             kv = 2 * messages_of(problem, 16, rank)
             assert backward.messages == kv + sum(homebound), problem.what
@@ -399,7 +400,7 @@ def test_a_window_over_long_shards_is_not_cut_into_crumbs(keys, left):
     tokens = 1 << 20
     layout = LAYOUTS["contiguous"].for_shards((tokens,) * 3)
     schedule = Schedule(layout, layout, Mask(left, 0))
-    rounds = DirectPlan(schedule, 1, keys, keys).forward_rounds
+    rounds = rounds_of(schedule, 1, keys)
     lengths = [row_count(x.incoming.rows) for x in rounds if x.incoming.rows]
     assert sum(lengths) == left
     assert len(lengths) == max(1, 2 ** ((-(-left // (keys // 8))).bit_length() - 1))
@@ -410,10 +411,10 @@ def test_many_messages_are_made_when_they_are_asked_for(monkeypatch):
     """The same ones, and again in the next pass."""
     for problem in [*UNLIKE.values(), *random_problems(3, 50)]:
         for rank in problem.ranks:
-            kept = [*DirectPlan(problem.schedule, rank, 6, 3).backward_rounds]
+            kept = [*rounds_of(problem.schedule, rank, 3)]
             with monkeypatch.context() as patch:
                 patch.setattr(rounds_module, "KEPT_ROUNDS", -1)
-                made = DirectPlan(problem.schedule, rank, 6, 3).backward_rounds
+                made = rounds_of(problem.schedule, rank, 3)
             for _ in range(2):
                 assert [*made] == kept, problem.what
 
@@ -424,11 +425,15 @@ def test_a_plan_does_not_grow_with_the_tokens(monkeypatch):
     step = PairWork.step
     monkeypatch.setattr(PairWork, "step", lambda *x: cut.append(x) or step(*x))
     layout = LAYOUTS["zigzag"].for_shards((10**9 // 64 // 2 * 2,) * 64)
-    rounds = DirectPlan(Schedule(layout, layout, CAUSAL), 5).backward_rounds
+    schedule = Schedule(layout, layout, CAUSAL)
+    rounds = rounds_of(schedule, 5, 2048)
+    program = direct(schedule, 5)
     assert not cut
     first = next(iter(rounds))
     assert row_count(first.incoming.rows) <= 2 * 2048
     assert len(cut) == 2
+    assert isinstance(next(iter(program.backward)), Post)
+    assert len(cut) == 4
 
 
 def test_halves_and_wholes_stay_in_step():
@@ -438,7 +443,7 @@ def test_halves_and_wholes_stay_in_step():
     work = {
         sum(tile.pairs() for tile in round_.incoming.tiles)
         for rank in range(4)
-        for round_ in DirectPlan(schedule, rank).backward_rounds
+        for round_ in rounds_of(schedule, rank, 2048)
     }
     assert len(work) == 1, work
 
@@ -447,8 +452,8 @@ def test_halves_and_wholes_stay_in_step():
 def test_plans_of_both_sides_fit(exchange):
     """All ranks together send as many rows as they take; gradients go the other way."""
     for problem in random_problems(9, 150):
-        plans = [plan_of(exchange, problem, rank, 3) for rank in problem.ranks]
-        sent = [plan.sent() for plan in plans]
+        programs = [program_of(exchange, problem, rank, 3) for rank in problem.ranks]
+        sent = [program.sent() for program in programs]
         if exchange == "direct":
             assert sum(s.kv_rows for s in sent) == sum(
                 s.gradient_rows + s.summed_gradient_rows for s in sent
@@ -465,9 +470,9 @@ def test_plans_of_both_sides_fit(exchange):
 def test_a_step_is_a_permutation_of_the_ranks():
     """Round n of every rank receives from one rank and sends to one, all of them different."""
     problem = dense_problem("zigzag", "zigzag", (8,) * 5, False, (-1, -1))
-    plans = [DirectPlan(problem.schedule, rank) for rank in problem.ranks]
+    all_rounds = [rounds_of(problem.schedule, rank, 2048) for rank in problem.ranks]
     for n in range(4):
-        rounds = [[*plan.backward_rounds][n] for plan in plans]
+        rounds = [[*some][n] for some in all_rounds]
         assert sorted(x.target for x in rounds) == list(problem.ranks)
         assert sorted(x.incoming.source for x in rounds) == list(problem.ranks)
         for rank, mine in enumerate(rounds):

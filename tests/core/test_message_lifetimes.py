@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
+from nnscaler_ring.core.exchange import Performance
 from nnscaler_ring.core.kernels import BackwardTensors
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.plan.layout import LAYOUTS
@@ -26,9 +27,9 @@ from nnscaler_ring.core.ranks.relayout import move_rows
 from nnscaler_ring.core.ranks.transport import Kind, Message
 from nnscaler_ring.core.scores.scores import Scores
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
-from tests.core.plan.test_layout import TOKENS, random_lens
+from tests.core.plan.test_layout import random_lens, tokens_of_layout
 from tests.core.plan.test_schedule import Problem, random_problems
-from tests.core.test_exchange import assert_rows_equal, dense_results, engine_inputs, plan_of
+from tests.core.test_exchange import assert_rows_equal, dense_results, engine_inputs, program_of
 
 SECONDS = 20
 """After which a rank that waits for a message is stuck."""
@@ -115,13 +116,13 @@ def both_passes(problem: Problem, seed: int, name: str, keys: int) -> list[list[
             x[:, (problem.q_tokens if n in (0, 3) else problem.k_tokens)[block]]
             for n, x in enumerate(inputs)
         )
-        plan = plan_of(name, problem, block, keys)
+        program = program_of(name, problem, block, keys)
         options: dict[str, Any] = {"kernel": Reference(), "scores": Scores(0.4)}
-        out, lse = attention_forward(q, k, v, exchange=plan.start(transport), **options)
+        out, lse = attention_forward(q, k, v, exchange=Performance(program, transport), **options)
         tensors = BackwardTensors(dout, None, q, k, v, out, lse)
         gradients = attention_backward(
             tensors,
-            exchange=plan.start(transport),
+            exchange=Performance(program, transport),
             **options,
         )
         return [out, lse, *gradients[:3]]
@@ -155,9 +156,9 @@ def test_rows_that_arrive_as_late_as_they_may():
                 transport: Any, source=source, lens=lens, layouts=layouts, rows=rows
             ) -> Tensor:
                 block = transport.place.block
-                mine = rows[TOKENS[source](lens)[block]]
+                mine = rows[tokens_of_layout(source, lens)[block]]
                 (moved,) = move_rows([(mine, 0)], plan_moves(*layouts, block), transport)
                 return moved
 
             for block, moved in enumerate(run_ranks(len(lens), rank_main)):
-                assert torch.equal(moved, rows[TOKENS[target](lens)[block]])
+                assert torch.equal(moved, rows[tokens_of_layout(target, lens)[block]])

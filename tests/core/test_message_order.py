@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from nnscaler_ring.core.exchange import EXCHANGES, DirectPlan, ExchangePlan
+from nnscaler_ring.core.exchange import EXCHANGES, Cut, Performance, Program
+from nnscaler_ring.core.exchange.rounds import rounds_of
 from nnscaler_ring.core.plan.schedule import Schedule
 from nnscaler_ring.core.ranks import transport
 from nnscaler_ring.core.ranks.groups import Place
@@ -43,10 +44,10 @@ class Recorder:
 
 
 def posts_of(
-    plan: ExchangePlan, schedule: Schedule, rank: int, backward: bool, in_order: bool = True
+    program: Program, schedule: Schedule, rank: int, backward: bool, in_order: bool = True
 ) -> list[Post]:
     recorder = Recorder(Place(None, tuple(range(schedule.world_size)), rank), in_order)
-    exchange = plan.start(recorder)  # type: ignore[arg-type]
+    exchange = Performance(program, recorder)  # type: ignore[arg-type]
     k = torch.zeros(1, schedule.k_lens[rank], 1, 1)
     for step in (exchange.gradient_steps if backward else exchange.steps)(k, k.clone()):
         if backward:
@@ -85,10 +86,8 @@ def _meets(rank: int, peer: int, current: Sequence[Post | None]) -> bool:
     )
 
 
-def plans(name: str, schedule: Schedule) -> Callable[[int], ExchangePlan]:
-    if name == "direct":
-        return lambda rank: DirectPlan(schedule, rank, 4, 2)
-    return lambda rank: EXCHANGES[name](schedule, rank)
+def programs(name: str, schedule: Schedule) -> Callable[[int], Program]:
+    return lambda rank: EXCHANGES[name].program(schedule, rank, Cut(4, 2))
 
 
 def schedules() -> Iterator[tuple[str, Schedule]]:
@@ -105,16 +104,16 @@ def schedules() -> Iterator[tuple[str, Schedule]]:
 def test_every_exchange_posts_in_one_order(name, backward):
     skipped = 0
     for what, schedule in schedules():
-        plan = plans(name, schedule)
+        program = programs(name, schedule)
         ranks = range(schedule.world_size)
         try:
             assert_nccl_gets_through(
-                [posts_of(plan(rank), schedule, rank, backward) for rank in ranks]
+                [posts_of(program(rank), schedule, rank, backward) for rank in ranks]
             )
         except AssertionError as error:
             raise AssertionError(f"{what}: {error}") from error
         if name == "direct":
-            skipped += sum(has_gap(plan(rank).backward_rounds) for rank in ranks)  # type: ignore[attr-defined]
+            skipped += sum(has_gap(rounds_of(schedule, rank, 2)) for rank in ranks)
     assert name == "ring" or skipped > 20, skipped
 
 
@@ -143,9 +142,9 @@ def test_without_tags_the_order_is_needed():
     """Keys that are always posted before the computation would hang: see Transport.in_order."""
     hung = 0
     for _, schedule in schedules():
-        plan = plans("direct", schedule)
+        program = programs("direct", schedule)
         ranks = range(schedule.world_size)
-        posts = [posts_of(plan(rank), schedule, rank, True, in_order=False) for rank in ranks]
+        posts = [posts_of(program(rank), schedule, rank, True, in_order=False) for rank in ranks]
         try:
             assert_nccl_gets_through(posts)
         except AssertionError:

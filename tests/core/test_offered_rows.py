@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from nnscaler_ring.core.exchange import DirectPlan
+from nnscaler_ring.core.exchange.direct import direct
+from nnscaler_ring.core.exchange.rounds import rounds_of
 from nnscaler_ring.core.offered_rows import OfferedRows
 from nnscaler_ring.core.plan.dilation import Branch, SpanningSegments, Strip, whole_segments
 from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, row_count
@@ -50,7 +51,6 @@ def tokens_of(strips: list[Strip], start: int) -> list[int]:
 def pairs_of_plan(rows: SpanningSegments, rank: int, causal: bool, message: int) -> Pairs:
     """The same from the tiles of the direct exchange, in messages of about so many keys."""
     schedule = OfferedRows(rows, CAUSAL if causal else FULL, "direct")
-    plan = DirectPlan(schedule, rank, 2 * message, message)
     starts = [sum(rows.token_lens[:n]) for n in range(len(rows.token_lens))]
     queries = tokens_of(rows.strips(rank), starts[rank])
     found: Pairs = Counter()
@@ -62,8 +62,8 @@ def pairs_of_plan(rows: SpanningSegments, rank: int, causal: bool, message: int)
                     if tile.lo <= j - i <= tile.hi:
                         found[queries[i], keys[j]] += 1
 
-    paint(plan.tiles, tokens_of(schedule.offered[rank], starts[rank]))
-    for round_ in plan.backward_rounds:
+    paint(schedule.tiles(rank, (rank,)), tokens_of(schedule.offered[rank], starts[rank]))
+    for round_ in rounds_of(schedule, rank, message):
         step = round_.incoming
         offered = tokens_of(schedule.offered[step.source], starts[step.source])
         keys = [token for start, stop in step.rows for token in offered[start:stop]]
@@ -120,7 +120,7 @@ def test_planning_does_not_ask_every_pair_of_ranks(monkeypatch):
     monkeypatch.setattr(OfferedRows, "needed_rows", lambda *x: asked.append(x) or needed(*x))
     tokens = 64 * 1024
     rows = SpanningSegments((1024,) * 64, (Branch(tokens, 4), Branch(tokens, 16)), (1, 1))
-    DirectPlan(OfferedRows(rows, CAUSAL, "direct"), 40)
+    direct(OfferedRows(rows, CAUSAL, "direct"), 40)
     assert len(asked) < 64 * 10, len(asked)
 
 
@@ -128,7 +128,7 @@ def test_a_pair_travels_as_used_rows_or_runs_whichever_are_fewer():
     for rows, causal in random_patterns(10, 300):
         schedule = OfferedRows(rows, CAUSAL if causal else FULL, "direct")
         for rank in range(len(rows.token_lens)):
-            for round_ in DirectPlan(schedule, rank).backward_rounds:
+            for round_ in rounds_of(schedule, rank, 2048):
                 source = round_.incoming.source
                 travels = row_count(round_.incoming.rows)
                 assert travels <= row_count(schedule.needed_rows(rank, source))

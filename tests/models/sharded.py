@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -79,14 +80,7 @@ def contiguous_rows(lens: Sequence[int]) -> list[list[int]]:
 
 def zigzag_rows(tokens: int, ranks: int) -> list[list[int]]:
     """The rows of zigzag shards."""
-    return [
-        [
-            span.position + n
-            for span in Zigzag(tokens, ranks).spans(rank)
-            for n in range(span.length)
-        ]
-        for rank in range(ranks)
-    ]
+    return [list(chain(*Zigzag(tokens, ranks).positions(rank))) for rank in range(ranks)]
 
 
 def assert_ranks_equal_one_device(

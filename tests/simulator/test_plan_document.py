@@ -20,6 +20,7 @@ from torch import Tensor
 import nnscaler_ring.simulator
 from benchmarks.one_device import ours, sdpa
 from nnscaler_ring import wrap_ring_attn_func
+from nnscaler_ring.core.exchange import Performance
 from nnscaler_ring.core.plan.schedule import CAUSAL, FULL
 from nnscaler_ring.core.ranks.groups import Place, Traffic
 from nnscaler_ring.core.ranks.transport import Kind, Message, Transfer, Transport
@@ -30,7 +31,6 @@ from nnscaler_ring.simulator import (
     SimulatedCall,
     Sizes,
 )
-from nnscaler_ring.simulator.stand_in import exchange_plan
 from tests.oracle import dense_attention
 from tests.tolerances import assert_close_float64
 
@@ -95,7 +95,7 @@ def test_problem_5_any_length_over_any_ranks(tokens: int, ranks: int) -> None:
 @pytest.mark.parametrize("exchange", ["direct", "ring"])
 def test_the_next_message_is_under_way_while_one_is_computed(exchange: str) -> None:
     """`rotate_with_overlap`: what comes is posted before, and waited for after, the computing."""
-    schedule = simulator(60, 4, exchange).call.schedule
+    program = simulator(60, 4, exchange).call.program(1)
     events: list[str] = []
 
     class Noted(Transfer):
@@ -113,7 +113,7 @@ def test_the_next_message_is_under_way_while_one_is_computed(exchange: str) -> N
 
     transport = Notes(Place(None, (0, 1, 2, 3), 1), Traffic(), "test", 0)
     k = torch.zeros(1, 15, 2, 8)
-    for _ in exchange_plan(exchange, schedule, 1).start(transport).steps(k, k):
+    for _ in Performance(program, transport).steps(k, k):
         events.append("compute")
     assert events == [*["post", "compute", "wait"] * 3, "compute"]
 

@@ -85,7 +85,9 @@ def test_sent_bytes_are_those_of_the_real_plan() -> None:
     for strategy in plan(wanted, H200).strategies:
         call = wanted.call(strategy.layout, strategy.exchange, tokens=8192, ranks=8)
         exact = max(
-            GQA.sent_bytes(EXCHANGES[strategy.exchange](call.schedule, rank).sent()).total_bytes
+            GQA.sent_bytes(
+                EXCHANGES[strategy.exchange].program(call.schedule, rank).sent()
+            ).total_bytes
             for rank in (0, 4, 7)
         )
         assert strategy.sent.total_bytes == exact, strategy

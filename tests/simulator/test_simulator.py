@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Mask
+from nnscaler_ring.core.token_index import token_index
 from nnscaler_ring.simulator import (
     GeneratedInputs,
     RingAttentionSimulator,
@@ -62,9 +63,7 @@ def distributed(ranks: list[int], cases: Sequence[Case], dtype: torch.dtype) -> 
 
 def rows_of(case: Case, block: int) -> Tensor:
     name = "zigzag" if case.op == "zigzag in zigzag order" else "contiguous"
-    spans = LAYOUTS[name].for_shards(case.shard_lens).spans(block)
-    runs = [torch.arange(s.position, s.position + s.length) for s in spans]
-    return torch.cat(runs) if runs else torch.arange(0)
+    return token_index(LAYOUTS[name].for_shards(case.shard_lens).positions(block))
 
 
 def same_tokens(case: Case) -> bool:
@@ -162,10 +161,8 @@ def test_sent_bytes_are_what_the_plan_predicts(exchange: str) -> None:
     sizes = Sizes(4, 2, 8, 6, "bfloat16", batch=2)
     call = SimulatedCall(61, 4, sizes, CAUSAL, "zigzag", exchange=exchange)
     results = RingAttentionSimulator(call, GeneratedInputs(sizes)).all_ranks(backward=True)
-    from nnscaler_ring.simulator.stand_in import exchange_plan
-
     for rank, sent in enumerate(results.sent):
-        predicted = sizes.sent_bytes(exchange_plan(exchange, call.schedule, rank).sent())
+        predicted = sizes.sent_bytes(call.program(rank).sent())
         assert sent.forward_kv_bytes == predicted.forward_kv_bytes
         assert sent.backward_kv_bytes == predicted.backward_kv_bytes
         assert sent.gradient_bytes == predicted.gradient_bytes

@@ -15,7 +15,7 @@ from nnscaler_ring.tools.commands import check as check_command
 from nnscaler_ring.tools.commands import commands
 from nnscaler_ring.tools.launch import RankError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(*args: str):

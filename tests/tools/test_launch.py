@@ -75,7 +75,7 @@ def test_a_failing_rank_is_shown_and_the_others_end(fn, message):
 def test_ranks_end_with_their_parent(tmp_path):
     program = (
         "from nnscaler_ring.tools.launch import run_ranks\n"
-        "from tests.test_launch import print_pid_and_sleep\n"
+        "from tests.tools.test_launch import print_pid_and_sleep\n"
         "if __name__ == '__main__':\n"
         "    run_ranks(2, print_pid_and_sleep, on_report=lambda r, pid: print(pid, flush=True))\n"
     )
@@ -83,7 +83,7 @@ def test_ranks_end_with_their_parent(tmp_path):
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"TMPDIR": str(tmp_path)},
     )
     assert parent.stdout is not None

@@ -9,7 +9,6 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks.table import provenance, tables
-from nnscaler_ring.core.exchange import DirectPlan
 from nnscaler_ring.tools import replay
 from nnscaler_ring.tools.commands import commands
 from nnscaler_ring.tools.commands import replay as command
@@ -51,7 +50,7 @@ def test_ranks_compute_what_one_device_computes(case):
     assert (results["sdpa_seconds"] is not None) == dense
     call = case.call(case.ranks)
     for rank, sent in enumerate(results["modelled_communication"]["sent_bytes_by_rank"]):
-        plan = DirectPlan(call.schedule, rank).sent()
+        plan = call.program(rank).sent()
         rows = plan.kv_rows * (2 if case.backward else 1)
         rows += (plan.gradient_rows + plan.summed_gradient_rows) * case.backward
         assert sent == rows * call.sizes.kv_numbers * 4

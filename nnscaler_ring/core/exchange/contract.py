@@ -1,4 +1,4 @@
-"""What an exchange is: steps of keys with the tiles that read them; gradients that come home."""
+"""What the engine sees of an exchange: steps of keys with their tiles; gradients that come home."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from nnscaler_ring.core.plan.schedule import KeyRows
 from nnscaler_ring.core.plan.tile import Tile
-from nnscaler_ring.core.ranks.transport import Transport
-from nnscaler_ring.core.scores.coordinates import KeyRows
 from nnscaler_ring.core.sums.row_sum import RowSum
 
 
@@ -36,17 +35,6 @@ class GradientStep(NamedTuple):
     dv: RowSum
 
 
-class Sent(NamedTuple):
-    """What one rank sends in one call, in units of rows: a row of K together with its row of V.
-
-    `summed_gradient_rows` travel in the accumulation dtype, the others in the dtype of the input.
-    """
-
-    kv_rows: int
-    gradient_rows: int
-    summed_gradient_rows: int
-
-
 class KVExchange(Protocol):
     """One rank's part of an exchange, for one call."""
 
@@ -60,16 +48,4 @@ class KVExchange(Protocol):
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """(dk, dv) of this rank's rows, once `gradient_steps` is exhausted."""
-        ...
-
-
-class ExchangePlan(Protocol):
-    """An exchange before the call: a pure function of the schedule and the rank."""
-
-    def start(self, transport: Transport) -> KVExchange:
-        """The exchange for one call."""
-        ...
-
-    def sent(self) -> Sent:
-        """What this rank will send: the prediction that the counted bytes must meet."""
         ...

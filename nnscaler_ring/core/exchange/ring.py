@@ -1,107 +1,111 @@
-"""The ring exchange: whole shards travel from neighbour to neighbour."""
+"""The ring exchange: whole shards travel from neighbour to neighbour.
+
+Every shard of K and V travels the whole ring, and the sum of its gradients after it. For fabrics
+where only neighbour links are fast. Bytes: (ranks - 1) shards each way, whatever the mask. Memory:
+O(tokens / ranks), two shards of K and V and two of their gradients.
+
+Source: Liu et al., "Ring Attention with Blockwise Transformers", arXiv 2310.01889.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
-from torch import Tensor
-
-from nnscaler_ring.core.exchange.buffers import Buffer, Home
-from nnscaler_ring.core.exchange.contract import GradientStep, Keys, KVExchange, Sent
+from nnscaler_ring.core.exchange.program import (
+    OWN,
+    USUAL,
+    Action,
+    Add,
+    Compute,
+    Cut,
+    Free,
+    Post,
+    Program,
+    Receive,
+    Send,
+    Wait,
+)
 from nnscaler_ring.core.plan.schedule import Schedule
-from nnscaler_ring.core.ranks.transport import Kind, Message, Transfer, Transport
-from nnscaler_ring.core.sums.online_softmax import accumulation_dtype
-from nnscaler_ring.core.sums.row_sum import RowSum
 
 
-class RingPlan:
-    """Neighbour to neighbour: every shard of K and V travels the whole ring, its gradient after it.
+def ring(schedule: Schedule, rank: int, cut: Cut = USUAL) -> Program:
+    """Every shard passes by, the own one first, then those of the ranks to the left.
 
-    For fabrics where only neighbour links are fast. Bytes: (ranks - 1) shards each way, whatever
-    the mask. Memory: O(tokens / ranks), two shards of K and V and two of their gradients.
-
-    Source: Liu et al., "Ring Attention with Blockwise Transformers", arXiv 2310.01889.
+    The shard of the rank at distance n lies in place n; `cut` changes nothing, shards are whole.
     """
-
-    def __init__(self, schedule: Schedule, rank: int) -> None:
-        ranks = schedule.world_size
-        self.sources = [(rank - distance) % ranks for distance in range(ranks)]
-        self.tiles = [tuple(schedule.tiles(rank, (source,))) for source in self.sources]
-        self.k_lens = schedule.k_lens
-
-    def start(self, transport: Transport) -> KVExchange:
-        return _Ring(self, transport)
-
-    def sent(self) -> Sent:
-        return Sent(
-            sum(self.k_lens[source] for source in self.sources[:-1]),
-            0,
-            sum(self.k_lens[source] for source in self.sources[1:]),
-        )
+    ranks, lens = schedule.world_size, schedule.k_lens
+    sources = [(rank - distance) % ranks for distance in range(ranks)]
+    shards = [
+        Compute(place, ((source, 0, lens[source]),), tuple(schedule.tiles(rank, (source,))))
+        for place, source in enumerate(sources)
+    ]
+    return Program(rank, lens, tuple(_forward(shards)), tuple(_backward(shards)))
 
 
-class _Ring:
-    def __init__(self, plan: RingPlan, transport: Transport) -> None:
-        self._plan = plan
-        self._transport = transport
-        place = transport.place
-        self._right = (place.block + 1) % place.world_size
-        self._left = (place.block - 1) % place.world_size
-
-    def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        return self._arrivals("forward_kv", k, v)
-
-    def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
-        self._home = Home(k, v)
-        dtype = accumulation_dtype(k.dtype)
-        sources, k_lens = self._plan.sources, self._plan.k_lens
-        under_way: _SumsUnderWay | None = None
-        for distance, keys in enumerate(self._arrivals("backward_kv", k, v)):
-            if distance == 0:
-                yield self._home.step(keys)
-                continue
-            step = GradientStep(*keys, RowSum(keys.k), RowSum(keys.v))
-            yield step
-            if under_way:
-                under_way.settle(step.dk, step.dv)
-                under_way = None  # its memory is needed for the next one
-            # The sum for the keys that come next, of the ranks that have had them; at last, home.
-            following = sources[(distance + 1) % len(sources)]
-            so_far = Buffer(k, v, k_lens[following], dtype)
-            sums = [total.current().to(dtype).contiguous() for total in (step.dk, step.dv)]
-            sends = [Message(self._right, total) for total in sums]
-            transfer = self._transport.post("gradient", sends, so_far.messages(self._left, True))
-            under_way = _SumsUnderWay(transfer, so_far)
-            del so_far, step, keys
-        if under_way:
-            under_way.settle(self._home.dk, self._home.dv)
-
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        return self._home.dk.current(), self._home.dv.current()
-
-    def _arrivals(self, kind: Kind, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        """Every shard, from the own one leftwards, each yielded while the next is under way."""
-        held = k.contiguous(), v.contiguous()
-        for distance, tiles in enumerate(self._plan.tiles):
-            following = self._plan.sources[distance + 1 : distance + 2]
-            buffer = Buffer(k, v, sum(self._plan.k_lens[source] for source in following), k.dtype)
-            sends = [Message(self._right, x) for x in held] if following else []
-            transfer = self._transport.post(kind, sends, buffer.messages(self._left, True))
-            source = self._plan.sources[distance]
-            yield Keys(*held, tiles, ((source, 0, self._plan.k_lens[source]),))
-            transfer.wait()
-            held = buffer.k, buffer.v
+def _forward(shards: Sequence[Compute]) -> Iterator[Action]:
+    """Each shard is computed while it goes on to the right and the next one comes."""
+    for shard in shards:
+        if shard.place + 1 < len(shards):
+            yield _keys(shards, shard.place)
+        yield shard
+        if shard.place + 1 < len(shards):
+            yield Wait(shard.place + 1)
+        if shard.place != OWN:
+            yield Free(shard.place)
 
 
-class _SumsUnderWay(NamedTuple):
-    """Sums of gradients under way along the ring."""
+def _backward(shards: Sequence[Compute]) -> Iterator[Action]:
+    """The same; the sum of the gradients of a shard, so far, comes one computation after it."""
+    ranks = len(shards)
+    for shard in shards:
+        place = shard.place
+        if place + 1 < ranks:
+            yield _keys(shards, place)
+        yield shard
+        if place != OWN:
+            if place > 1:
+                yield from _settle(shards, place)
+            yield _gradients(shards, place)
+        if place + 1 < ranks:
+            yield Wait(place + 1)
+        if place != OWN:
+            yield Free(place)
+    if ranks > 1:
+        yield from _settle(shards, OWN)
 
-    transfer: Transfer
-    arriving: Buffer
 
-    def settle(self, dk: RowSum, dv: RowSum) -> None:
-        """Wait for them and add those that arrived."""
-        self.transfer.wait()
-        dk.add_(slice(None), self.arriving.k)
-        dv.add_(slice(None), self.arriving.v)
+def _keys(shards: Sequence[Compute], place: int) -> Post:
+    """A shard to the right, the next one from the left."""
+    return _onward(shards, place, place + 1, place + 1, "keys")
+
+
+def _gradients(shards: Sequence[Compute], place: int) -> Post:
+    """The sum for a shard to the right; that of the shard that comes next, at last the own one."""
+    return _onward(shards, place, len(shards) + place, place + 1, "gradients")
+
+
+def _onward(
+    shards: Sequence[Compute],
+    place: int,
+    new: int,
+    following: int,
+    carries: Literal["keys", "gradients"],
+) -> Post:
+    ranks = len(shards)
+    rank = shards[OWN].rows[0][0]
+    left, right = (rank - 1) % ranks, (rank + 1) % ranks
+    wide = carries == "gradients"
+    ((_, _, length),) = shards[place].rows
+    send = Send(right, place, ((0, length),), True, wide)
+    receive = Receive(left, new, shards[following % ranks].rows, True, wide)
+    return Post(new, carries, (send,), (receive,))
+
+
+def _settle(shards: Sequence[Compute], place: int) -> Iterator[Action]:
+    """Wait for the sum that the shard's other ranks made, and add to it."""
+    ranks = len(shards)
+    arrived = ranks + (place - 1) % ranks
+    yield Wait(arrived)
+    ((_, _, length),) = shards[place].rows
+    yield Add(arrived, place, ((0, length),))

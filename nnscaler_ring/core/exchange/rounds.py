@@ -18,11 +18,8 @@ from dataclasses import dataclass
 
 from nnscaler_ring.core.plan.schedule import PairWork, Schedule, Step, row_count
 
-FORWARD_KEYS, BACKWARD_KEYS = 8192, 2048
-"""Tokens of the longest shard per message; see Note [Memory is set by the message]."""
-
 SHORTEST = 8
-"""The part of that below which messages are not cut."""
+"""The part of a message's usual length below which messages are not cut."""
 
 KEPT_ROUNDS = 4096
 """So many messages of a pass are planned once; more, of very long shards, anew in every pass."""
@@ -94,21 +91,38 @@ class Rounds:
 
     A shard of millions of tokens has so many that they would take more time and memory than all
     else of the plan: then they are made when they are asked for. See `KEPT_ROUNDS`.
+
+    Args:
+        listed: of a pair's messages only so many and the last, for those who estimate.
     """
 
-    def __init__(self, distances: Sequence[Distance], longest: int, keys: int) -> None:
+    def __init__(
+        self, distances: Sequence[Distance], longest: int, keys: int, listed: int | None = None
+    ) -> None:
         self._distances = distances
         self._longest = longest
         self._keys = keys
+        self._listed = listed
         most = sum(max(some.parts(longest, keys)) for some in distances)
-        self._kept = tuple(self._made()) if most <= KEPT_ROUNDS else None
+        self.are_kept = most <= KEPT_ROUNDS
+        self._kept = tuple(self._made()) if self.are_kept else ()
 
     def __iter__(self) -> Iterator[Round]:
-        return self._made() if self._kept is None else iter(self._kept)
+        return iter(self._kept) if self.are_kept else self._made()
 
     def _made(self) -> Iterator[Round]:
         for some in self._distances:
-            yield from some.rounds(self._longest, self._keys)
+            chosen = None
+            if self._listed is not None:
+                most = max(some.parts(self._longest, self._keys))
+                chosen = sorted({*range(min(self._listed, most)), most - 1})
+            yield from some.rounds(self._longest, self._keys, chosen)
+
+
+def rounds_of(schedule: Schedule, rank: int, keys: int, listed: int | None = None) -> Rounds:
+    """A rank's messages with all others, of about `keys` tokens of the longest shard."""
+    distances = [Distance.of(schedule, rank, n) for n in range(1, schedule.world_size)]
+    return Rounds(distances, max(schedule.k_lens), keys, listed)
 
 
 def _power_of_two(number: int) -> int:

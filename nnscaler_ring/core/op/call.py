@@ -9,7 +9,7 @@ from zlib import crc32
 
 import torch
 
-from nnscaler_ring.core.exchange import EXCHANGES, ExchangePlan
+from nnscaler_ring.core.exchange import EXCHANGES, Program
 from nnscaler_ring.core.op.checks import check_cu_seqlens_values
 from nnscaler_ring.core.op.documents import Documents, cu_seqlens_of
 from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments, SequenceLayout
@@ -86,7 +86,7 @@ class Plan:
     """
 
     schedule: Schedule
-    exchange: ExchangePlan
+    program: Program
     moves_in: Moves | None
     moves_out: Moves | None
     tag: int
@@ -107,25 +107,27 @@ def plan_call(call: Call, block: int) -> Plan:
     Raises:
         ValueError: cu_seqlens do not fit the tokens, or a layout does not fit the shards.
     """
-    held = LAYOUTS[call.caller_layout].for_shards(call.shard_lens)
+    cu_q = cu_k = None
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+        cu_q, cu_k = cu_seqlens_of(call.cu_seqlens_q), cu_seqlens_of(call.cu_seqlens_k)
+        check_cu_seqlens_values("cu_seqlens_q", cu_q, sum(call.shard_lens))
+        check_cu_seqlens_values("cu_seqlens_k", cu_k, sum(call.shard_lens_k))
+    held = LAYOUTS[call.caller_layout].for_shards(call.shard_lens, cu_q)
     layout = LAYOUTS[call.compute_layout]
-    queries: SequenceLayout = layout.for_shards(call.shard_lens)
-    keys: SequenceLayout = layout.for_shards(call.shard_lens_k)
+    queries = layout.for_shards(call.shard_lens, cu_q)
+    keys = layout.for_shards(call.shard_lens_k, cu_k)
     _check_layout(call.caller_layout, "shard_lens", held, call.shard_lens)
     moves_in = moves_out = None
     if call.caller_layout != call.compute_layout:
         moves_in, moves_out = plan_moves(held, queries, block), plan_moves(queries, held, block)
     else:
         _check_layout(call.caller_layout, "shard_lens_k", keys, call.shard_lens_k)
-    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
-        cu_q, cu_k = cu_seqlens_of(call.cu_seqlens_q), cu_seqlens_of(call.cu_seqlens_k)
-        check_cu_seqlens_values("cu_seqlens_q", cu_q, sum(call.shard_lens))
-        check_cu_seqlens_values("cu_seqlens_k", cu_k, sum(call.shard_lens_k))
+    if cu_q is not None and cu_k is not None:
         queries = PackedDocuments(queries, cu_q, cu_k)
         keys = PackedDocuments(keys, cu_k, cu_k)
     schedule = Schedule(queries, keys, call.mask)
-    exchange = EXCHANGES[call.exchange](schedule, block)
-    return Plan(schedule, exchange, moves_in, moves_out, tag_of(call))
+    program = EXCHANGES[call.exchange].program(schedule, block)
+    return Plan(schedule, program, moves_in, moves_out, tag_of(call))
 
 
 @lru_cache(maxsize=256)

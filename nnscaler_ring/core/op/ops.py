@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.engine import attention_backward, attention_forward
+from nnscaler_ring.core.exchange import Performance
 from nnscaler_ring.core.kernels import BackwardTensors
 from nnscaler_ring.core.op.options import (
     EXTRAS_SCHEMA,
@@ -60,7 +61,7 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor,
         q,
         k,
         v,
-        exchange=run.plan.exchange.start(transport),
+        exchange=Performance(run.plan.program, transport),
         kernel=run.kernel,
         scores=run.scores(extras, bias, seed),
         sinks=extras.sinks,
@@ -131,7 +132,7 @@ def attention_backward_op(
     bias = _dense_bias(packed, extras.bias)
     dq, dk, dv, dbias, dsinks = attention_backward(
         BackwardTensors(dout, dlse, q, k, v, out, softmax_lse),
-        exchange=run.plan.exchange.start(transport),
+        exchange=Performance(run.plan.program, transport),
         kernel=run.kernel,
         scores=run.scores(extras, bias, extras.dropout_seed),
         sinks=extras.sinks,

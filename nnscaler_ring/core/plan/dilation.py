@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from nnscaler_ring.core.plan.layout import Span
+from nnscaler_ring.core.plan.span import Span
 
 GROUPINGS = ("mod", "block")
 """How offsets are given to heads: head j has `j % r`, or heads have them in contiguous blocks."""
@@ -138,6 +138,14 @@ class SpanningSegments:
 
     def spans(self, rank: int) -> tuple[Span, ...]:
         return tuple(strip.span for strip in self.strips(rank))
+
+    def positions(self, rank: int) -> tuple[range, ...]:
+        """In the whole sequence; the spans count in each segment."""
+        first = sum(self.token_lens[:rank])
+        return tuple(
+            range(first + strip.start, first + strip.stop, strip.step)
+            for strip in self.strips(rank)
+        )
 
     def strips(self, rank: int) -> list[Strip]:
         """Where the spans are in the shard."""

@@ -23,11 +23,17 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from nnscaler_ring.core.plan.layout import Span, runs_to_spans
+from nnscaler_ring.core.plan.span import (
+    InSpans,
+    Span,
+    documents_or_one,
+    even_lens,
+    runs_to_spans,
+)
 
 
 @dataclass(frozen=True)
-class FoldedDocuments:
+class FoldedDocuments(InSpans):
     """Packed documents, folded and dealt out: every rank has the same work under a causal mask.
 
     Document n is tokens `[cu_seqlens[n], cu_seqlens[n+1])`. Ranks differ by at most one token, and
@@ -40,10 +46,16 @@ class FoldedDocuments:
     cu_seqlens: tuple[int, ...]
     world_size: int
 
+    @classmethod
+    def for_shards(
+        cls, shard_lens: Sequence[int], cu_seqlens: Sequence[int] | None = None
+    ) -> FoldedDocuments:
+        """The folded layout of as many tokens over as many ranks."""
+        return cls(documents_or_one(cu_seqlens, sum(shard_lens)), len(shard_lens))
+
     @property
     def shard_lens(self) -> tuple[int, ...]:
-        edges = [r * self.cu_seqlens[-1] // self.world_size for r in range(self.world_size + 1)]
-        return tuple(stop - start for start, stop in pairwise(edges))
+        return even_lens(self.cu_seqlens[-1], self.world_size)
 
     def spans(self, rank: int) -> tuple[Span, ...]:
         return runs_to_spans(_deal(self.cu_seqlens, self.world_size)[rank])

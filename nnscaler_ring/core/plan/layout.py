@@ -3,47 +3,43 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, Protocol
 
+from nnscaler_ring.core.plan.folded import FoldedDocuments
+from nnscaler_ring.core.plan.span import (
+    InSpans,
+    LayoutOfCalls,
+    SequenceLayout,
+    Span,
+    documents_or_one,
+    runs_to_spans,
+)
 
-class Span(NamedTuple):
-    """A run of `length` tokens in a rank's rows, `stride` positions apart.
-
-    Local row `row + n` holds the token at `position + n * stride` of `document`. Only tokens of
-    the same document see each other, and masks compare positions.
-    """
-
-    row: int
-    position: int
-    length: int
-    document: int = 0
-    stride: int = 1
-
-
-class SequenceLayout(Hashable, Protocol):
-    """Who holds which tokens. Layouts are hashable values; shards may be uneven or empty."""
-
-    @property
-    def shard_lens(self) -> tuple[int, ...]:
-        """Tokens held by each rank; its length is the number of ranks."""
-        ...
-
-    def spans(self, rank: int) -> tuple[Span, ...]:
-        """The runs of tokens that `rank` holds, in the order of its rows."""
-        ...
+__all__ = [
+    "LAYOUTS",
+    "Contiguous",
+    "FoldedDocuments",
+    "PackedDocuments",
+    "SequenceLayout",
+    "Span",
+    "Striped",
+    "Zigzag",
+    "ZigzagDocuments",
+]
 
 
 @dataclass(frozen=True)
-class Contiguous:
+class Contiguous(InSpans):
     """Rank r holds the r-th run of tokens; the runs may differ in length."""
 
     shard_lens: tuple[int, ...]
 
     @classmethod
-    def for_shards(cls, shard_lens: Sequence[int]) -> Contiguous:
+    def for_shards(
+        cls, shard_lens: Sequence[int], cu_seqlens: Sequence[int] | None = None
+    ) -> Contiguous:
         """The layout in which rank r holds `shard_lens[r]` tokens."""
         return cls(tuple(shard_lens))
 
@@ -52,7 +48,7 @@ class Contiguous:
 
 
 @dataclass(frozen=True)
-class Zigzag:
+class Zigzag(InSpans):
     """Rank r of N holds chunks r and 2N-1-r of 2N, so that causal work is balanced.
 
     Chunk c is tokens `[c*T//2N, (c+1)*T//2N)` for any total T, divisible or not.
@@ -64,7 +60,9 @@ class Zigzag:
     world_size: int
 
     @classmethod
-    def for_shards(cls, shard_lens: Sequence[int]) -> Zigzag:
+    def for_shards(
+        cls, shard_lens: Sequence[int], cu_seqlens: Sequence[int] | None = None
+    ) -> Zigzag:
         """The zigzag layout of as many tokens over as many ranks."""
         return cls(sum(shard_lens), len(shard_lens))
 
@@ -85,7 +83,7 @@ class Zigzag:
 
 
 @dataclass(frozen=True)
-class ZigzagDocuments:
+class ZigzagDocuments(InSpans):
     """Zigzag within every document: rank r holds its two chunks of each, document by document.
 
     Document n is tokens `[cu_seqlens[n], cu_seqlens[n+1])`; its chunks are those of `Zigzag`. So
@@ -94,6 +92,13 @@ class ZigzagDocuments:
 
     cu_seqlens: tuple[int, ...]
     world_size: int
+
+    @classmethod
+    def for_shards(
+        cls, shard_lens: Sequence[int], cu_seqlens: Sequence[int] | None = None
+    ) -> ZigzagDocuments:
+        """The layout of as many tokens over as many ranks."""
+        return cls(documents_or_one(cu_seqlens, sum(shard_lens)), len(shard_lens))
 
     @property
     def shard_lens(self) -> tuple[int, ...]:
@@ -110,7 +115,7 @@ class ZigzagDocuments:
 
 
 @dataclass(frozen=True)
-class Striped:
+class Striped(InSpans):
     """Token t lives on rank t mod N: causal work is balanced in every step.
 
     Source: Brandon et al., "Striped Attention", arXiv 2311.09431.
@@ -120,7 +125,9 @@ class Striped:
     world_size: int
 
     @classmethod
-    def for_shards(cls, shard_lens: Sequence[int]) -> Striped:
+    def for_shards(
+        cls, shard_lens: Sequence[int], cu_seqlens: Sequence[int] | None = None
+    ) -> Striped:
         """The striped layout of as many tokens over as many ranks."""
         return cls(sum(shard_lens), len(shard_lens))
 
@@ -134,8 +141,8 @@ class Striped:
 
 
 @dataclass(frozen=True)
-class PackedDocuments:
-    """Documents packed one after another in the token order of another layout.
+class PackedDocuments(InSpans):
+    """Documents packed one after another, their tokens held as in the layout `tokens`.
 
     Document n is tokens `[cu_seqlens[n], cu_seqlens[n+1])`. Positions count so that the last token
     of a document stands where the last of its keys stands (bottom-right alignment, as in
@@ -153,6 +160,10 @@ class PackedDocuments:
     def spans(self, rank: int) -> tuple[Span, ...]:
         return tuple(piece for span in self.tokens.spans(rank) for piece in self._cut(span))
 
+    def positions(self, rank: int) -> tuple[range, ...]:
+        """In the packed sequence; the spans count in each document."""
+        return self.tokens.positions(rank)
+
     def _cut(self, span: Span) -> list[Span]:
         cu, cu_k = self.cu_seqlens, self.cu_seqlens_k
         pieces = []
@@ -169,22 +180,11 @@ class PackedDocuments:
         return pieces
 
 
-def runs_to_spans(chunks: Sequence[tuple[int, int]]) -> tuple[Span, ...]:
-    """Spans of (position, length) chunks laid out in rows one after another; touching ones join."""
-    spans: list[Span] = []
-    row = 0
-    for position, length in chunks:
-        if spans and spans[-1].position + spans[-1].length == position:
-            spans[-1] = spans[-1]._replace(length=spans[-1].length + length)
-        elif length:
-            spans.append(Span(row, position, length))
-        row += length
-    return tuple(spans)
-
-
-LAYOUTS: dict[str, type[Contiguous] | type[Zigzag] | type[Striped]] = {
+LAYOUTS: dict[str, LayoutOfCalls] = {
     "contiguous": Contiguous,
     "zigzag": Zigzag,
     "striped": Striped,
+    "folded": FoldedDocuments,
 }
-"""Layouts by name. A new one is a class with `for_shards`, `shard_lens`, `spans`, listed here."""
+"""Layouts by name. A new one is a class with `for_shards`, `shard_lens` and `spans` that takes
+`positions` from `InSpans`, listed here."""

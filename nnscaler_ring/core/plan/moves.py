@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from nnscaler_ring.core.plan.layout import SequenceLayout, Span
+from nnscaler_ring.core.plan.span import SequenceLayout, Span
 
 
 class Run(NamedTuple):

@@ -13,11 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from nnscaler_ring.core.plan.layout import SequenceLayout, Span
+from nnscaler_ring.core.plan.span import SequenceLayout, Span
 from nnscaler_ring.core.plan.tile import UNBOUNDED, Tile, clip_keys, merge_neighbours, trim
 
 Rows = tuple[tuple[int, int], ...]
 """Runs `[start, stop)` of rows, ascending, not touching."""
+
+KeyRows = tuple[tuple[int, int, int], ...]
+"""Rows `[start, stop)` of a source's shard, as (source, start, stop), one after another."""
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.plan.layout import PackedDocuments, SequenceLayout
-from nnscaler_ring.core.plan.schedule import Schedule
-
-KeyRows = Sequence[tuple[int, int, int]]
-"""Rows `[start, stop)` of a source's shard, as (source, start, stop), one after another."""
+from nnscaler_ring.core.plan.schedule import KeyRows, Schedule
+from nnscaler_ring.core.plan.span import SequenceLayout
+from nnscaler_ring.core.token_index import token_index
 
 
 class Coordinates(NamedTuple):
@@ -47,19 +44,5 @@ def key_coordinates(schedule: Schedule, rows: KeyRows) -> Coordinates:
 
 @lru_cache(maxsize=64)
 def _of_shard(layout: SequenceLayout, rank: int) -> Coordinates:
-    tokens = layout.tokens if isinstance(layout, PackedDocuments) else layout
-    return Coordinates(_positions(tokens, rank), _positions(layout, rank))
-
-
-def _positions(layout: SequenceLayout, rank: int) -> Tensor:
-    # Row `row + n` of a span stands at `position + n * stride`.
-    spans = layout.spans(rank)
-    lengths = torch.tensor([span.length for span in spans], dtype=torch.int64)
-    firsts, strides = (
-        torch.tensor(x, dtype=torch.int64).repeat_interleave(lengths)
-        for x in (
-            [span.position - span.row * span.stride for span in spans],
-            [span.stride for span in spans],
-        )
-    )
-    return firsts + torch.arange(len(firsts)) * strides
+    in_documents = [span.positions for span in layout.spans(rank)]
+    return Coordinates(token_index(layout.positions(rank)), token_index(in_documents))

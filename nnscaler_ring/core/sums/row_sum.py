@@ -16,13 +16,14 @@ class RowSum:
     """
 
     def __init__(self, like: Tensor) -> None:
-        self._like = like
+        # Not the tensor itself: its memory may be needed before the sum is.
+        self._shape, self._like_dtype, self._device = like.shape, like.dtype, like.device
         self._dtype = accumulation_dtype(like.dtype)
         self._sum: Tensor | None = None
 
     def take_(self, rows: slice, block: Tensor) -> None:
         """Add a block that the caller gives away: a fresh tensor, not a view of a shared one."""
-        if self._sum is None and block.shape[1] == self._like.shape[1]:
+        if self._sum is None and block.shape[1] == self._shape[1]:
             self._sum = block
         else:
             self.add_(rows, block)
@@ -30,9 +31,7 @@ class RowSum:
     def add_(self, rows: slice, block: Tensor) -> None:
         """Add a block of as many rows as the slice has."""
         if self._sum is None:
-            self._sum = torch.zeros_like(
-                self._like, dtype=self._dtype, memory_format=torch.contiguous_format
-            )
+            self._sum = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
         elif self._sum.dtype != self._dtype:
             self._sum = self._sum.to(self._dtype)
         self._sum[:, rows].add_(block)
@@ -40,5 +39,5 @@ class RowSum:
     def current(self) -> Tensor:
         """The sum as it stands; zeros if nothing was added."""
         if self._sum is None:
-            return torch.zeros_like(self._like, memory_format=torch.contiguous_format)
+            return torch.zeros(self._shape, dtype=self._like_dtype, device=self._device)
         return self._sum

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from nnscaler_ring.simulator.planner import gigabytes
 from nnscaler_ring.tools.calibrate import CASES, DTYPES, calibrate, compare
-from nnscaler_ring.tools.commands.options import rank_errors, usage_errors
+from nnscaler_ring.tools.commands.options import Size, check_writable, rank_errors, usage_errors
 from nnscaler_ring.tools.commands.replay import replay
 from nnscaler_ring.tools.launch import BACKENDS
 from nnscaler_ring.tools.machine import origin
@@ -50,7 +50,7 @@ CLUSTER_FILE = Path("this_machine.json")
 @click.option(
     "--tokens",
     multiple=True,
-    type=click.IntRange(256),
+    type=Size(256),
     help="--device: lengths to replay, may be repeated [65536, 131072, 524288; on the CPU less].",
 )
 @click.option("--ranks", default=8, show_default=True, type=click.IntRange(2), help="--device.")
@@ -77,11 +77,16 @@ def bench(
     if wanted == (device is not None):
         raise click.UsageError("give either --calibrate or --device.")
     console = Console()
+    out = out or (CLUSTER_FILE if wanted else None)
+    with usage_errors():
+        check_writable(out)
+        check_writable(report)
     if device is not None:
         with usage_errors():
             is_right = replay(console, device, tokens, ranks, reps, out, only, commit)
         sys.exit(not is_right)
-    _calibrate(console, out or CLUSTER_FILE, report, cases)
+    assert out is not None
+    _calibrate(console, out, report, cases)
 
 
 def _calibrate(console: Console, out: Path, report: Path | None, cases: int) -> None:
@@ -101,7 +106,7 @@ def _calibrate(console: Console, out: Path, report: Path | None, cases: int) -> 
         out.write_text(json.dumps(cluster.to_json(), indent=2) + "\n", encoding="utf-8")
         rows = compare(cluster, chosen, advance)
     console.print(_table(rows))
-    console.print(f"wrote {out}", highlight=False)
+    console.print(f"wrote {out}", highlight=False, markup=False)
     if report:
         record = {
             **origin(["nnscaler-ring", *sys.argv[1:]], "cpu"),
@@ -110,9 +115,8 @@ def _calibrate(console: Console, out: Path, report: Path | None, cases: int) -> 
             "cluster": cluster.to_json(),
             "rows": rows,
         }
-        report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        console.print(f"wrote {report}", highlight=False)
+        console.print(f"wrote {report}", highlight=False, markup=False)
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

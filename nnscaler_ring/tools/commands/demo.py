@@ -15,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nnscaler_ring.tools.commands.options import (
+    SEED,
+    Size,
+    check_writable,
     device_option,
     rank_errors,
     ranks_option,
@@ -55,14 +58,14 @@ ROWS = 10
     "--tokens",
     default=TrainConfig.tokens,
     show_default=True,
-    type=click.IntRange(min=8),
+    type=Size(8),
     help="Length of a training sequence, over all ranks.",
 )
 @click.option(
     "--memory-tokens",
     default=AttentionSize.tokens,
     show_default=True,
-    type=click.IntRange(min=8),
+    type=Size(8),
     help="Length of the sequence whose attention memory is measured.",
 )
 @click.option(
@@ -78,7 +81,7 @@ ROWS = 10
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the figure and demo.json.",
 )
-@click.option("--seed", default=TrainConfig.seed, show_default=True, type=int)
+@click.option("--seed", default=TrainConfig.seed, show_default=True, type=SEED)
 def demo(
     engine: str,
     ranks: int,
@@ -104,16 +107,16 @@ def demo(
     )
     with usage_errors():
         corpus = prepare(config)
-        out.mkdir(parents=True, exist_ok=True)
+        check_writable(out / "demo.json")
     console = Console()
-    console.print(f"{tokens} tokens a step from {corpus.source}", highlight=False)
+    console.print(f"{tokens} tokens a step from {corpus.source}", highlight=False, markup=False)
     with rank_errors(), Screen(console) as screen:
         result = run_demo(config, corpus, screen)
     console.print(_losses_table(result.alone.steps, result.ranks[0].steps))
     console.print(_figures_table(config, result))
     command = shlex.join(["nnscaler-ring", *sys.argv[1:]])
     for path in write_report(config, result, out, command):
-        console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {path}", highlight=False, markup=False)
     console.print(f"\n[bold]{sentence(config, result)}[/]", highlight=False)
     console.print(f"\nNext, a model on real data: {EXAMPLE}/README.md", highlight=False)
     if not result.is_equal:

@@ -8,23 +8,24 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nnscaler_ring.core.op.checks import check_mask
 from nnscaler_ring.simulator.cluster import Cluster, Link, check_cluster, load_cluster
 from nnscaler_ring.simulator.planner import Job, Plan, StrategyPlan, gigabytes, plan
 from nnscaler_ring.simulator.sizes import Sizes, dtype_name
-from nnscaler_ring.tools.commands.options import usage_errors
+from nnscaler_ring.tools.commands.options import Amount, Size, parse_size, usage_errors
 
 
 @click.command("plan")
-@click.option("--tokens", required=True, type=int, help="Of the whole sequence.")
-@click.option("--ranks", required=True, type=int, help="Devices that share the sequence.")
-@click.option("--heads", default=32, show_default=True, type=int)
-@click.option("--kv-heads", type=int, help="Default: as many as heads.")
-@click.option("--head-dim", default=128, show_default=True, type=int)
-@click.option("--layers", default=1, show_default=True, type=int)
-@click.option("--batch", default=1, show_default=True, type=int)
+@click.option("--tokens", required=True, type=Size(), help="Of the whole sequence.")
+@click.option("--ranks", required=True, type=Size(), help="Devices that share the sequence.")
+@click.option("--heads", default=32, show_default=True, type=Size())
+@click.option("--kv-heads", type=Size(), help="Default: as many as heads.")
+@click.option("--head-dim", default=128, show_default=True, type=Size())
+@click.option("--layers", default=1, show_default=True, type=Size())
+@click.option("--batch", default=1, show_default=True, type=Size())
 @click.option("--dtype", default="bf16", show_default=True, help="fp64, fp32, bf16 or fp16.")
 @click.option(
     "--device",
@@ -40,11 +41,11 @@ from nnscaler_ring.tools.commands.options import usage_errors
 )
 @click.option("--forward-only", is_flag=True, help="No backward pass; nothing is kept for it.")
 @click.option("--recompute", is_flag=True, help="Keep a layer's input only, compute it again.")
-@click.option("--memory-gb", type=float, help="Memory of a device in GB (10^9 bytes).")
-@click.option("--reserve-gb", default=0.0, type=float, help="Of it for all but attention.")
-@click.option("--node", type=int, help="Devices in a node.")
-@click.option("--link-gb", type=float, help="GB per second and direction inside a node.")
-@click.option("--network-gb", type=float, help="GB per second and direction between nodes.")
+@click.option("--memory-gb", type=Amount(), help="Memory of a device in GB (10^9 bytes).")
+@click.option("--reserve-gb", default=0.0, type=Amount(), help="Of it for all but attention.")
+@click.option("--node", type=Size(), help="Devices in a node.")
+@click.option("--link-gb", type=Amount(), help="GB per second and direction inside a node.")
+@click.option("--network-gb", type=Amount(), help="GB per second and direction between nodes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan_command(as_json: bool, device: str, mask: str, dtype: str, **given: Any) -> None:
     """Memory, bytes, time of every strategy, the fewest ranks that fit, and what to choose."""
@@ -81,8 +82,8 @@ def parse_mask(text: str) -> tuple[bool, tuple[int, int]]:
     left, _, right = text.partition(":")
     try:
         if left == "causal":
-            return True, (int(right), -1)
-        return False, (int(left), int(right))
+            return True, (parse_size(right), -1)
+        return False, (parse_size(left), parse_size(right))
     except ValueError:
         raise ValueError(
             f"mask must be causal, full, causal:LEFT or LEFT:RIGHT, got {text!r}; "
@@ -114,7 +115,7 @@ def _show(result: Plan) -> None:
     per_rank = -(-job.tokens // job.ranks)
     console.print(
         f"[bold]{job.tokens:,} tokens over {job.ranks} ranks, {per_rank:,} each; "
-        f"{result.cluster.name}[/]",
+        f"{escape(result.cluster.name)}[/]",
         highlight=False,
     )
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
@@ -137,10 +138,11 @@ def _show(result: Plan) -> None:
     for strategy in result.strategies:
         if strategy.reason:
             console.print(
-                f"{strategy.layout}, {strategy.exchange}: {strategy.reason}.", highlight=False
+                f"{strategy.layout}, {strategy.exchange}: {escape(strategy.reason)}.",
+                highlight=False,
             )
-    console.print(f"[bold]{result.advice}[/]", highlight=False)
-    console.print(f"[dim]{result.cluster.source}[/]", highlight=False)
+    console.print(f"[bold]{escape(result.advice)}[/]", highlight=False)
+    console.print(f"[dim]{escape(result.cluster.source)}[/]", highlight=False)
 
 
 def _row(strategy: StrategyPlan) -> list[str]:

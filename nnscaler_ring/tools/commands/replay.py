@@ -80,17 +80,18 @@ def replay(
         row = make_row(case, device, reps, facts)
         rows.append(row)
         if out:
-            out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         told = row["error"] or f"done in {row['took_seconds']:.0f} s"
-        console.print(f"{case.label}: {told}", highlight=False)
+        console.print(f"{case.label}: {told}", highlight=False, markup=False)
     console.print(f"{device_name(device)}, {case.shape}, {ranks} ranks", highlight=False)
     console.print(_table(rows))
     modelled = [row["results"]["modelled_communication"] for row in rows if row["results"]]
     if modelled:
-        console.print(NOTE.format(modelled[0]["cluster"]), highlight=False)
-    console.print(f"rows: {out}" if out else "rows: not kept; give --out to keep them")
+        console.print(NOTE.format(modelled[0]["cluster"]), highlight=False, markup=False)
+    console.print(
+        f"rows: {out}" if out else "rows: not kept; give --out to keep them", markup=False
+    )
     return not any(row["error"] for row in rows)
 
 

@@ -20,7 +20,13 @@ from nnscaler_ring.simulator.cluster import load_cluster
 from nnscaler_ring.simulator.report import markdown
 from nnscaler_ring.simulator.simulation import Simulation, run_simulation, write_pictures
 from nnscaler_ring.simulator.sizes import Sizes, dtype_name
-from nnscaler_ring.tools.commands.options import device_option, usage_errors
+from nnscaler_ring.tools.commands.options import (
+    SEED,
+    Size,
+    check_writable,
+    device_option,
+    usage_errors,
+)
 from nnscaler_ring.tools.commands.plan import parse_mask
 from nnscaler_ring.tools.machine import check_device
 
@@ -29,12 +35,12 @@ LARGEST_RING = 8
 
 
 @click.command()
-@click.option("--tokens", default=16384, show_default=True, type=int)
-@click.option("--ranks", default=4, show_default=True, type=int)
-@click.option("--heads", default=4, show_default=True, type=int)
-@click.option("--kv-heads", type=int, help="Default: as many as heads.")
-@click.option("--head-dim", default=32, show_default=True, type=int)
-@click.option("--batch", default=1, show_default=True, type=int)
+@click.option("--tokens", default=16384, show_default=True, type=Size())
+@click.option("--ranks", default=4, show_default=True, type=Size())
+@click.option("--heads", default=4, show_default=True, type=Size())
+@click.option("--kv-heads", type=Size(), help="Default: as many as heads.")
+@click.option("--head-dim", default=32, show_default=True, type=Size())
+@click.option("--batch", default=1, show_default=True, type=Size())
 @click.option("--dtype", default="fp32", show_default=True, help="fp64, fp32, bf16 or fp16.")
 @click.option("--layout", default="zigzag", show_default=True, type=click.Choice([*LAYOUTS]))
 @click.option("--exchange", default="direct", show_default=True, type=click.Choice([*EXCHANGES]))
@@ -53,7 +59,7 @@ LARGEST_RING = 8
     help="Whose timeline is predicted: h200, h100, a100, cpu, or a cluster's JSON file.",
 )
 @device_option
-@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option(
     "--out",
     default=Path("simulation"),
@@ -94,7 +100,7 @@ def simulate(
         simulation = Simulation(
             call, load_cluster(cluster), not forward_only, share, device, rings, seed
         )
-        out.mkdir(parents=True, exist_ok=True)
+        check_writable(out / "simulation.json")
     console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
@@ -109,9 +115,11 @@ def simulate(
     text = json.dumps({"command": command, **record}, indent=2)
     (out / "simulation.json").write_text(text + "\n", encoding="utf-8")
     for path in (out / "simulation.md", out / "simulation.json", *pictures):
-        console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {path}", highlight=False, markup=False)
     error = f"{record['sampled_rows']} sampled rows within {record['largest_error']:.1e} of float64"
     if not record["is_exact"]:
         console.print(f"[bold red]WRONG: {error}[/]", highlight=False)
         sys.exit(1)
-    console.print(f"[bold green]{record['simulated']}: {error}.[/]", highlight=False)
+    console.print(
+        f"{record['simulated']}: {error}.", style="bold green", highlight=False, markup=False
+    )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nnscaler_ring.core.plan.layout import Contiguous, SequenceLayout, Zigzag
+from nnscaler_ring.core.plan.span import even_lens
+from nnscaler_ring.core.token_index import token_index
 from nnscaler_ring.ring_attn import wrap_ring_attn_func
 from nnscaler_ring.ring_attn_varlen import wrap_ring_attn_varlen_func
 from nnscaler_ring.zigzag_attn import wrap_zigzag_attn_func
@@ -62,16 +64,13 @@ class Split:
         ranks = len(self.group)
         if self.op == "zigzag" and self.in_zigzag_order:
             return Zigzag(self.tokens, ranks)
-        edges = [n * self.tokens // ranks for n in range(ranks + 1)]
-        return Contiguous(tuple(edges[n + 1] - edges[n] for n in range(ranks)))
+        return Contiguous(even_lens(self.tokens, ranks))
 
     def rows(self, rank: int) -> Tensor:
         """Which tokens of the whole sequence a rank holds: int64 [1, s]."""
         if self.group is None:
             return torch.arange(self.tokens)[None]
-        spans = self._layout.spans(rank)
-        rows = [torch.arange(span.position, span.position + span.length) for span in spans]
-        return torch.cat([torch.arange(0), *rows])[None]
+        return token_index(self._layout.positions(rank))[None]
 
     def attention(self, kernel: str) -> Attention:
         """The op, for what the ranks hold."""

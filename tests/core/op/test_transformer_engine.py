@@ -13,6 +13,7 @@ from torch import Tensor
 from nnscaler_ring import wrap_ring_attn_func, wrap_ring_attn_varlen_func, wrap_zigzag_attn_func
 from nnscaler_ring.core.op import transformer_engine
 from nnscaler_ring.core.plan.layout import LAYOUTS, SequenceLayout, ZigzagDocuments
+from nnscaler_ring.core.token_index import token_index
 from tests.core.transformer_engine_stand_in import NEWEST, VERSIONS, stand_in
 from tests.oracle import dense_gradients, make_dout, make_qkv
 from tests.tolerances import assert_close_float64
@@ -41,8 +42,7 @@ class Case:
         return q, k, v, make_dout(3, q, v)
 
     def rows(self, block: int) -> Tensor:
-        runs = [torch.arange(s.position, s.position + s.length) for s in self.held.spans(block)]
-        return torch.cat([torch.arange(0), *runs])
+        return token_index(self.held.positions(block))
 
 
 CASES = {

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ TOKENS: dict[str, Callable[[Sequence[int]], list[list[int]]]] = {
     "zigzag": zigzag_tokens,
     "striped": striped_tokens,
 }
+"""Definitions. A layout without one is what it says itself: `tokens_of_layout`."""
+
+
+def tokens_of_layout(
+    name: str, lens: Sequence[int], cu_seqlens: Sequence[int] | None = None
+) -> list[list[int]]:
+    """The tokens of every rank, by the definition where there is one."""
+    if name in TOKENS:
+        return TOKENS[name](lens)
+    layout = LAYOUTS[name].for_shards(lens, cu_seqlens)
+    return [tokens_of(layout.spans(rank)) for rank in range(len(lens))]
 
 
 def random_lens(rng: random.Random, *, longest: int = 8) -> list[int]:
@@ -69,10 +81,7 @@ def assert_layout(layout: SequenceLayout, expected: list[list[int]]) -> None:
     assert layout.shard_lens == tuple(len(tokens) for tokens in expected), layout
     for rank, tokens in enumerate(expected):
         assert tokens_of(layout.spans(rank)) == tokens, (layout, rank)
-
-
-def test_every_layout_has_a_definition_here():
-    assert set(TOKENS) == set(LAYOUTS)
+        assert list(chain(*layout.positions(rank))) == tokens, (layout, rank)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -80,9 +89,10 @@ def test_spans_are_the_definition(name):
     rng = random.Random(1)
     for _ in range(1000):
         lens = random_lens(rng, longest=rng.choice((1, 3, 9)))
-        expected = TOKENS[name](lens)
-        assert sorted(sum(expected, [])) == list(range(sum(lens)))
-        assert_layout(LAYOUTS[name].for_shards(lens), expected)
+        for cu_seqlens in (None, random_cu_seqlens(rng, sum(lens), rng.randint(1, 6)).tolist()):
+            expected = tokens_of_layout(name, lens, cu_seqlens)
+            assert sorted(sum(expected, [])) == list(range(sum(lens)))
+            assert_layout(LAYOUTS[name].for_shards(lens, cu_seqlens), expected)
 
 
 @pytest.mark.parametrize("total", [0, 1, 2, 3, 7, 16, 23])
@@ -117,9 +127,11 @@ def test_documents_are_cut_where_they_end_and_stand_where_their_keys_end(name):
             for total in (sum(lens), rng.choice((sum(lens), rng.randint(0, 20))))
         )
         owner = [(d, t) for d in range(documents) for t in range(cu[d], cu[d + 1])]
-        layout = PackedDocuments(LAYOUTS[name].for_shards(lens), cu, cu_k)
-        assert layout.shard_lens == LAYOUTS[name].for_shards(lens).shard_lens
-        for rank, tokens in enumerate(TOKENS[name](lens)):
+        base = LAYOUTS[name].for_shards(lens, cu)
+        layout = PackedDocuments(base, cu, cu_k)
+        assert layout.shard_lens == base.shard_lens
+        for rank, tokens in enumerate(tokens_of_layout(name, lens, cu)):
+            assert list(chain(*layout.positions(rank))) == tokens
             spans = layout.spans(rank)
             found = [
                 (s.document, s.position + n * s.stride) for s in spans for n in range(s.length)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.exchange import DirectPlan
+from nnscaler_ring.core.exchange import Cut
+from nnscaler_ring.core.exchange.direct import direct
 from nnscaler_ring.core.plan import schedule as schedule_module
 from nnscaler_ring.core.plan import tile as tile_module
 from nnscaler_ring.core.plan.layout import (
@@ -33,7 +34,7 @@ from nnscaler_ring.core.plan.schedule import (
     row_count,
 )
 from nnscaler_ring.core.plan.tile import UNBOUNDED, KernelCall, Tile, batched, trim
-from tests.core.plan.test_layout import TOKENS
+from tests.core.plan.test_layout import tokens_of_layout
 from tests.core.plan.test_tile import assert_trimmed
 from tests.oracle import random_cu_seqlens, visible
 
@@ -85,8 +86,8 @@ def dense_problem(
             LAYOUTS[k_name].for_shards(lens),
             Mask.from_window(causal, window),
         ),
-        TOKENS[q_name](lens),
-        TOKENS[k_name](lens),
+        tokens_of_layout(q_name, lens),
+        tokens_of_layout(k_name, lens),
         {"causal": causal, "window_size": window},
         f"{q_name} queries, {k_name} keys, {lens}, {causal=}, {window=}",
     )
@@ -104,12 +105,12 @@ def packed_problem(
 ) -> Problem:
     return Problem(
         Schedule(
-            PackedDocuments(LAYOUTS[q_name].for_shards(lens), cu, cu_k),
-            PackedDocuments(LAYOUTS[k_name].for_shards(lens_k), cu_k, cu_k),
+            PackedDocuments(LAYOUTS[q_name].for_shards(lens, cu), cu, cu_k),
+            PackedDocuments(LAYOUTS[k_name].for_shards(lens_k, cu_k), cu_k, cu_k),
             Mask.from_window(causal, window),
         ),
-        TOKENS[q_name](lens),
-        TOKENS[k_name](lens_k),
+        tokens_of_layout(q_name, lens, cu),
+        tokens_of_layout(k_name, lens_k, cu_k),
         {"causal": causal, "window_size": window, "cu_seqlens_q": cu, "cu_seqlens_k": cu_k},
         f"{q_name} {lens} {cu}, {k_name} {lens_k} {cu_k}, {causal=}, {window=}",
     )
@@ -468,7 +469,7 @@ def test_planning_grows_with_ranks_and_documents_per_rank(counters, name, tokens
     ranks = 64
     schedule = million_token_schedule(name, tokens=tokens, documents=documents)
     spans = len(schedule.q_layout.spans(rank))
-    DirectPlan(schedule, rank, tokens // ranks // 4, tokens // ranks // 8)
+    direct(schedule, rank, Cut(tokens // ranks // 4, tokens // ranks // 8))
     calls = {what: counter.calls for what, counter in counters.items()}
     for what, count in calls.items():
         assert 0 < count <= 2 * (spans + ranks), (what, calls, spans)

@@ -12,14 +12,14 @@ from nnscaler_ring.core.plan.moves import plan_moves
 from nnscaler_ring.core.ranks.groups import Traffic, find_place, group_state, group_string
 from nnscaler_ring.core.ranks.relayout import move_rows
 from nnscaler_ring.core.ranks.transport import Transport
-from tests.core.plan.test_layout import TOKENS, random_lens
+from tests.core.plan.test_layout import random_lens, tokens_of_layout
 
 WAYS = [way for way in itertools.product(LAYOUTS, LAYOUTS) if way[0] != way[1]]
 
 
 def leavers(source: str, target: str, lens: list[int], rank: int) -> int:
     """How many tokens of a rank are another's in the target layout."""
-    before, after = TOKENS[source](lens)[rank], TOKENS[target](lens)[rank]
+    before, after = tokens_of_layout(source, lens)[rank], tokens_of_layout(target, lens)[rank]
     return len(set(before) - set(after))
 
 
@@ -29,7 +29,7 @@ def test_every_token_arrives_where_the_target_has_it(source, target):
     for _ in range(400):
         lens = random_lens(rng, longest=rng.choice((2, 9)))
         layouts = LAYOUTS[source].for_shards(lens), LAYOUTS[target].for_shards(lens)
-        before = [torch.tensor(x) for x in TOKENS[source](lens)]
+        before = [torch.tensor(x) for x in tokens_of_layout(source, lens)]
         moves = [plan_moves(*layouts, rank) for rank in range(len(lens))]
         # One queue per pair of ranks: messages of a pair arrive in the order they were sent in.
         queues = {
@@ -46,7 +46,7 @@ def test_every_token_arrives_where_the_target_has_it(source, target):
                 message = queues[run.block, rank].pop(0)
                 assert message.numel() == after[run.rows].numel() > 0, (lens, rank, run)
                 after[run.rows] = message
-            assert after.tolist() == TOKENS[target](lens)[rank], (lens, rank)
+            assert after.tolist() == tokens_of_layout(target, lens)[rank], (lens, rank)
             assert mine.sent_rows() == leavers(source, target, lens, rank), (lens, rank)
         assert not any(queues.values()), (lens, queues)
 
@@ -70,7 +70,7 @@ def move_cases(ranks, cases):
     for number, (source, target, lens, dim, dtype, strided) in enumerate(cases):
         layouts = LAYOUTS[source].for_shards(lens), LAYOUTS[target].for_shards(lens)
         x = whole(sum(lens), dim, dtype).index_select(
-            dim, torch.tensor(TOKENS[source](lens)[place.block], dtype=torch.int64)
+            dim, torch.tensor(tokens_of_layout(source, lens)[place.block], dtype=torch.int64)
         )
         if strided:
             x = x.transpose(0, -1).contiguous().transpose(0, -1)
@@ -104,7 +104,7 @@ def test_moves_between_ranks(pool, ranks):
         everything = whole(sum(lens), dim, dtype)
         for rank in range(ranks):
             moved, contiguous, relayout_bytes, total_bytes = shards[rank][number]
-            tokens = torch.tensor(TOKENS[target](lens)[rank], dtype=torch.int64)
+            tokens = torch.tensor(tokens_of_layout(target, lens)[rank], dtype=torch.int64)
             assert torch.equal(moved, everything.index_select(dim, tokens)), cases[number]
             assert contiguous and moved.dtype == dtype
             row = everything.nbytes // max(1, sum(lens))
