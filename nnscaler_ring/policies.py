@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Steps = tuple[tuple[str, int], ...]
 """How one op is split, outermost first: ("tokens", 2), ("heads", 2)."""
 
-ATTENTION = {op.signature: op for op in OPS}
+ATTENTION = {op.signature: op for op in OPS if not op.moves_rows}
 
 
 def shard_sequence(graph: Any, cfg: Any, *, dim: int = 1) -> Any:
@@ -96,7 +96,7 @@ def autodist_by_sequence(graph: Any, cfg: Any) -> Any:
     from nnscaler.policies import pas_autodist
 
     signatures = {node.signature for node in graph.select(ntype=IRFwOperation)}
-    found = [op for op in OPS if op.signature in signatures]
+    found = [op for op in ATTENTION.values() if op.signature in signatures]
     if not found:
         raise ValueError(
             "autodist_by_sequence: the model must call an attention op of nnscaler_ring, got none "
@@ -264,7 +264,8 @@ class _Tracks:
         known = self._known.get(kind, {})
         for x, split in zip(node.inputs(), rule.inputs(), strict=True):
             tracked = isinstance(x, self._tensor_type) and x.parent in known
-            if tracked and split.dims != (known[x.parent],):
+            gathered = op is not None and op.whole_keys and split.isR()
+            if tracked and not gathered and split.dims != (known[x.parent],):
                 return False
         # A reduction that nnScaler takes for whole although every part has reduced its own only.
         if any(split.isR() for split in rule.outputs()):

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,14 @@ from torch.utils.data import DataLoader
 
 from examples.nnscaler_trainer.model import LanguageModel, Pages
 from tests.nnscaler.runtime import generated_code, nnscaler_ranks
-from tests.ranks import RankPool
+from tests.ranks import RankPool, rank_environment
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "nnscaler_trainer"
 TOKENS, ROWS, ACCUMULATION, STEPS = 32, 2, 2, 4
 SIZES = {"tokens": TOKENS, "micro_batch_size": ROWS, "width": 16}
 TEXT = {"tokens": TOKENS, "files": ["heapq.py"]}
 MAX_NORM = 0.5
+LR = 0.003  # of train.yaml
 
 CHANGES: dict[str, dict[str, Any]] = {
     "as the example": {},
@@ -89,7 +92,7 @@ def one_device(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     text = Pages(**TEXT)
     next(iter(DataLoader(text)))  # nnScaler looks at a sample first, which takes a random number
     model = LanguageModel(**SIZES).to(dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     pieces = iter(text[index] for index in range(len(text)))
     for _ in range(STEPS):
         for _ in range(ACCUMULATION):
@@ -112,12 +115,13 @@ def check(pool: RankPool, folder: Path, name: str, resume: bool = False) -> None
         assert groups == ["(0, 1)"] * 2
         assert set(weights) == set(expected)
         for key, x in weights.items():
-            # Four steps of Adam, each of about lr: what bf16 rounds away is most of one of them.
-            atol = 0.006 if name == "bf16" else 2e-5
-            torch.testing.assert_close(x, expected[key], rtol=0, atol=atol, msg=key)
+            if name == "bf16":  # Adam makes whole steps, of either sign, of what bf16 rounds away
+                assert (x - expected[key]).abs().mean() < LR / 2, key
+                continue
+            torch.testing.assert_close(x, expected[key], rtol=0, atol=2e-5, msg=key)
 
 
-QUICK = ("as the example", "ZeRO-1")
+QUICK = ("ZeRO-1",)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +130,28 @@ QUICK = ("as the example", "ZeRO-1")
 def test_trains_like_one_device(two_ranks: RankPool, tmp_path: Path, name: str) -> None:
     """Accumulation, clipping, validation between steps, checkpoints and their merge."""
     check(two_ranks, tmp_path, name, resume=name == "ZeRO-1")
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """As its first lines say, but shorter: it learns, and its checkpoint is resumed."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command = [*torchrun, "-m", "examples.nnscaler_trainer", "-f", str(EXAMPLE / "train.yaml")]
+    command += ["--max_train_steps", "6", "--val_every_n_train_steps", "3"]
+    command += ["--log_progress_every_n_train_steps", "1", "--checkpoint.every_n_train_steps", "3"]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLE.parents[1])}
+    with rank_environment():
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=200, cwd=tmp_path, env=environment
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(x) for x in re.findall(r"train_loss=([\d.]+), lr", done.stderr + done.stdout)]
+    assert losses[-1] < losses[0] - 0.3
+    folder = tmp_path / "nnscaler_trainer"
+    assert len(list((folder / "checkpoints" / "last").glob("*.ckpt"))) == 2
+    code = generated_code(folder / "code", 0)
+    assert re.findall(r"process_group=(\(.*?\))", code) == ["(0, 1)"] * 2
+    assert "gather" not in code.split("def reducer")[0].split("def segment")[1]
 
 
 @pytest.mark.full
