@@ -27,12 +27,16 @@ DEMO = [*CLI, "matplotlib>=3.8"]
 BENCH = [*CLI, "ring-attention-pytorch>=0.5.20"]
 # For examples/energy_forecasting: HTTP, and the time zones that a slim system lacks.
 ENERGY = [*DEMO, "requests>=2.32", "tzdata"]
+# transformers 4.57 has the attention interface in all models that are supported.
+HF = ["accelerate>=1.10", "transformers>=4.57"]
 # pytest-xdist: two workers, as tests with ranks wait more than they compute. triton: the fused
 # merge, interpreted where there is no GPU; it is made for Linux alone.
 TEST = [
     *(*ENERGY, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6"),
     "triton>=3; platform_system == 'Linux'",
 ]
+# What the tests of nnscaler_ring.hf train with.
+TEST_HF = [*HF, "datasets>=4", "peft>=0.17", "trl>=0.24"]
 LINT = ["mypy>=1.11", "ruff>=0.12"]
 
 setup(
@@ -54,9 +58,10 @@ setup(
         "demo": DEMO,
         "energy": ENERGY,
         "bench": BENCH,
+        "hf": HF,
         "test": TEST,
         "lint": LINT,
-        "dev": sorted({*DEMO, *BENCH, *TEST, *LINT}),
+        "dev": sorted({*DEMO, *BENCH, *TEST, *TEST_HF, *LINT}),
     },
     entry_points={"console_scripts": ["nnscaler-ring = nnscaler_ring.tools.cli:main"]},
     classifiers=[

@@ -1,0 +1,1 @@
+"""Tests of nnscaler_ring.hf; skipped where transformers is not installed."""
