@@ -47,7 +47,8 @@ class Forecaster(nn.Module):
                 num_heads=sizes.num_heads,
                 num_kv_heads=sizes.num_kv_heads,
                 head_dim=sizes.head_dim,
-                layout="zigzag order",
+                layout="zigzag",
+                balanced=True,
                 process_group=process_group,
             )
             for _ in range(sizes.num_layers)
