@@ -30,6 +30,9 @@ from typing import Literal, NamedTuple
 from nnscaler_ring.core.plan.schedule import KeyRows, Rows, Schedule, row_count
 from nnscaler_ring.core.plan.tile import Tile
 
+KEPT_MESSAGES = 512
+"""For so many messages the actions of a pass are kept; see `kept`."""
+
 OWN = 0
 """The place of the rank's own rows: see Note [Places]."""
 
@@ -216,6 +219,11 @@ class Made:
 
     def __iter__(self) -> Iterator[Action]:
         return self.make()
+
+
+def kept(make: Callable[[], Iterator[Action]], messages: int) -> tuple[Action, ...] | Made:
+    """The actions of a pass: made once, or, for more than some hundred messages, every time."""
+    return tuple(make()) if messages <= KEPT_MESSAGES else Made(make)
 
 
 def alone(schedule: Schedule) -> Program:
