@@ -280,7 +280,8 @@ def _shuffle(
     group = group_string(process_group if enable_ring else None)
     if find_place(group).world_size == 1:
         return x
-    shuffled: Tensor = shuffle_documents_op(x, cu_seqlens, op, group, back)
+    shuffled: Tensor
+    shuffled, _ = shuffle_documents_op(x, cu_seqlens, None, op, group, back)
     return shuffled
 
 

@@ -23,12 +23,19 @@ from nnscaler_ring.core.ranks.transport import connect
 @torch.library.custom_op(
     "nnscaler_ring::shuffle_documents",
     mutates_args=(),
-    schema="(Tensor x, Tensor cu_seqlens, str op, str group, bool back) -> Tensor",
+    schema=(
+        "(Tensor x, Tensor cu_seqlens, Tensor? number, str op, str group, bool back) -> "
+        "(Tensor, Tensor)"
+    ),
 )
-def shuffle_documents_op(x: Tensor, cu_seqlens: Tensor, op: str, group: str, back: bool) -> Tensor:
+def shuffle_documents_op(
+    x: Tensor, cu_seqlens: Tensor, number: Tensor | None, op: str, group: str, back: bool
+) -> tuple[Tensor, Tensor]:
     """x with its first dimension's rows in zigzag order of each document, or, `back`, as before.
 
     Documents must divide by twice the ranks, so that all ranks hold as many rows in either order.
+    `number`: of the call whose backward pass this is, int64 [1]; None for a call of its own. The
+    second result is the number of the call, on the CPU.
     """
     place = find_place(group)
     ranks, rows = place.world_size, len(x)
@@ -56,25 +63,38 @@ def shuffle_documents_op(x: Tensor, cu_seqlens: Tensor, op: str, group: str, bac
         )
         orders = Contiguous.for_shards((rows,) * ranks), ZigzagDocuments(bounds, ranks)
         moves = plan_moves(orders[back], orders[not back], place.block)
-    agree(group, call, op, lambda: describe(call))
+    entered = agree(
+        group,
+        call,
+        op,
+        lambda: describe(call),
+        tag=tag_of(call),
+        direction="forward" if number is None else "backward",
+        number=None if number is None else int(number.item()),
+    )
     connect(group, x.device)
-    return move_rows([(x, 0)], moves, transport_of(group, place, op, tag_of(call)))[0]
+    with entered:
+        (moved,) = move_rows([(x, 0)], moves, transport_of(group, place, entered))
+    return moved, torch.full((1,), entered.number)
 
 
 @shuffle_documents_op.register_fake
-def _(x: Tensor, *options: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    moved = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return moved, torch.empty(1, dtype=torch.int64)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, cu_seqlens, *ctx.options = inputs
-    ctx.save_for_backward(cu_seqlens)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, cu_seqlens, _, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(cu_seqlens, output[1])
 
 
-def _gradient(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dx: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     op, group, back = ctx.options
-    (cu_seqlens,) = ctx.saved_tensors
-    return shuffle_documents_op(dx, cu_seqlens, op, group, not back), None, None, None, None
+    cu_seqlens, number = ctx.saved_tensors
+    moved, _ = shuffle_documents_op(dx, cu_seqlens, number, op, group, not back)
+    return moved, None, None, None, None, None
 
 
 shuffle_documents_op.register_autograd(_gradient, setup_context=_save)
