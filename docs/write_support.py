@@ -13,7 +13,7 @@ from nnscaler_ring.core.kernels import Problem, auto_kernels, offer_of
 PAGE = Path(__file__).with_name("support.md")
 BEGIN, END = "<!-- begin: written by docs/write_support.py -->", "<!-- end -->"
 
-CPU_KERNELS = ("torch_cpu", "reference")
+CPU_KERNELS = ("cpu_tiles", "torch_cpu", "reference")
 CUDA_KERNELS = (
     *("torch_cuda", "flash_attn", "flash_attn_3", "flash_attn_4", "torch_fa3", "torch_fa4"),
     "reference",

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from nnscaler_ring.dilated import RingTransformer, TrainingCheckpoints
-from nnscaler_ring.dilated.gradients import shard_parameters
 from nnscaler_ring.dilated.ring_transformer import next_token_loss, next_tokens
 from nnscaler_ring.models import even_shard_lens
+from nnscaler_ring.training import shard_parameters
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ python examples/test_ring_attention.py --device cpu --dtype float64 --ranks 3 --
 
 import sys
 
-from nnscaler_ring.dilated.ring_attention_tester import main
+from nnscaler_ring.tools.ring_attention_tester import main
 
 if __name__ == "__main__":
     sys.exit(main())

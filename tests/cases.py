@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring import wrap_ring_attn_func, wrap_ring_attn_varlen_func, wrap_zigzag_attn_func
+from nnscaler_ring.core.exchange import EXCHANGES as REGISTERED
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.sums.online_softmax import merge_
 from nnscaler_ring.core.token_index import token_index
@@ -18,7 +19,7 @@ from tests.ranks import RankPool
 from tests.tolerances import assert_close_float64
 
 OPS = ("ring", "zigzag", "zigzag in zigzag order", "varlen")
-EXCHANGES = ("direct", "ring", "all_gather")
+EXCHANGES = tuple(REGISTERED)
 MASKS = (
     {"causal": True},
     {"causal": False},

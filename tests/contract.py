@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.cases import Case, call, make_documents, make_shard_lens, rows_of
+from tests.cases import EXCHANGES, Case, call, make_documents, make_shard_lens, rows_of
 from tests.oracle import Mods, dense_attention, dropout_factors
 from tests.ranks import RankPool
 from tests.tolerances import assert_close_float64, assert_close_relative
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "op": ("ring", "zigzag", "zigzag in zigzag order", "varlen"),
-    "exchange": ("direct", "ring", "all_gather"),
+    "exchange": EXCHANGES,
     "ranks": ((0,), (0, 1), (3, 1), (0, 1, 2), (3, 0, 2), (0, 1, 2, 3), (2, 0, 3, 1)),
     "shards": ("equal", "uneven", "one empty", "one token"),
     "causal": (True, False),

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from examples.energy_forecasting.series import HourlySeries
-from nnscaler_ring.tools.machine import device_name, git_output, package_versions
+from nnscaler_ring.core.device import device_name
+from nnscaler_ring.tools.machine import git_output, package_versions
 
 HERE = Path(__file__).parent
 RUGGLES = (

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.exchange import KVExchange
 from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors
+from nnscaler_ring.core.kernels.scale_sign import for_scale
 from nnscaler_ring.core.scores.scores import Scores
 from nnscaler_ring.core.sums.online_softmax import PartialOutput
 from nnscaler_ring.core.sums.row_sum import RowSum
@@ -79,6 +80,7 @@ def partial_attention(
 ) -> PartialOutput:
     """`attention_forward` before it is rounded, for callers that merge it with more keys."""
     partial = PartialOutput(q, v.shape[-1])
+    kernel = for_scale(kernel, scores.softmax_scale)
     for step in exchange.steps(k, v):
         step_scores = scores.of_keys(step.rows, q.device)
         for call in kernel.calls(step.tiles, plain=scores.plain):
@@ -118,6 +120,7 @@ def gradient_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `attention_backward` before they are rounded."""
     dq = RowSum(tensors.q)
+    kernel = for_scale(kernel, scores.softmax_scale)
     for step in exchange.gradient_steps(tensors.k, tensors.v):
         step_scores = scores.of_keys(step.rows, tensors.q.device)
         for call in kernel.calls(step.tiles, plain=scores.plain):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnscaler_ring.dilated.tensor_ranks import AllHeads
+from nnscaler_ring.training.tensor_ranks import AllHeads
 
 
 class HeadNorm(nn.Module):

@@ -12,8 +12,7 @@ from nnscaler_ring.core.dilated import DilatedPlan, Part, SpanningRows, WholeSeg
 from nnscaler_ring.core.exchange.program import rows_at_once
 from nnscaler_ring.core.plan.dilation import Branch, HeadGroup, HeadOffsets
 from nnscaler_ring.core.plan.schedule import CAUSAL, FULL
-from nnscaler_ring.simulator.memory import Memory
-from nnscaler_ring.simulator.sizes import Sizes
+from nnscaler_ring.core.sizes import Memory, Sizes
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from nnscaler_ring.core.ranks.groups import group_of, group_string, traffic
 from nnscaler_ring.dilated.arguments import refuse_unless
-from nnscaler_ring.dilated.deepspeed_config import make_deepspeed_config, require_deepspeed
-from nnscaler_ring.dilated.gradients import shard_parameters, sum_gradients
 from nnscaler_ring.dilated.limits import BufferLimits
-from nnscaler_ring.dilated.mesh_dims import MeshDims
-from nnscaler_ring.dilated.monitoring import Monitor
 from nnscaler_ring.dilated.ring_dilated_attention import CALLS_REMEMBERED
 from nnscaler_ring.dilated.ring_multihead_dilated_attention import RingMultiheadDilatedAttention
-from nnscaler_ring.dilated.training_checkpoints import TrainingCheckpoints
+from nnscaler_ring.training.checkpoints import TrainingCheckpoints
+from nnscaler_ring.training.deepspeed_config import make_deepspeed_config, require_deepspeed
+from nnscaler_ring.training.fsdp import shard_parameters
+from nnscaler_ring.training.gradients import sum_gradients
+from nnscaler_ring.training.mesh_dims import MeshDims
+from nnscaler_ring.training.monitoring import Monitor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -223,7 +224,7 @@ class RingAdvancedDistributedDilatedAttention(RingMultiheadDilatedAttention):
                 "its gradients are summed in the backward pass."
             )
         if self._dims.replicas is not None:
-            sum_gradients(self, self._dims.replicas, self._bucket_bytes)
+            sum_gradients(self, self._dims.replicas, bucket_bytes=self._bucket_bytes)
         self._pending.clear()
 
     def training_checkpoints(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nnscaler_ring.core.bounded_cache import BoundedCache
+from nnscaler_ring.core.device import device_figures, free_bytes
 from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.kernels import KERNELS
 from nnscaler_ring.core.op.attention import dilated_attention
@@ -15,15 +17,13 @@ from nnscaler_ring.core.op.checks import check_branches, check_head_offsets, che
 from nnscaler_ring.core.plan.dilation import HeadOffsets
 from nnscaler_ring.core.ranks.agreement import refusing_together
 from nnscaler_ring.core.ranks.groups import Place, find_place, group_string, traffic
+from nnscaler_ring.core.ranks.ring_size import check_ring_size
+from nnscaler_ring.core.sizes import Sizes
 from nnscaler_ring.dilated.arguments import refuse_unless, refuse_unless_none
-from nnscaler_ring.dilated.bounded_cache import BoundedCache
-from nnscaler_ring.dilated.device_memory import device_figures, free_bytes
 from nnscaler_ring.dilated.limits import BufferLimits
 from nnscaler_ring.dilated.memory import DilatedNeeds, DilatedShape, predict_needs
-from nnscaler_ring.dilated.recovery import reserve_together
 from nnscaler_ring.dilated_attn import wrap_dilated_attn_func
-from nnscaler_ring.models.sharing import check_ring_size
-from nnscaler_ring.simulator.sizes import Sizes
+from nnscaler_ring.training.recovery import reserve_together
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike

@@ -16,8 +16,8 @@ from nnscaler_ring.dilated.arguments import refuse_unless, refuse_unless_none
 from nnscaler_ring.dilated.head_norm import HeadNorm
 from nnscaler_ring.dilated.limits import BufferLimits
 from nnscaler_ring.dilated.ring_dilated_attention import CALLS_REMEMBERED, RingDilatedAttention
-from nnscaler_ring.dilated.selective import checkpointed
-from nnscaler_ring.dilated.tensor_ranks import AllHeads, local_part
+from nnscaler_ring.training.activation_checkpointing import checkpointed
+from nnscaler_ring.training.tensor_ranks import AllHeads, local_part
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike

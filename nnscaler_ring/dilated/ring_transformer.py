@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nnscaler_ring.core.ranks.groups import find_place, group_string
 from nnscaler_ring.dilated.ring_multihead_dilated_attention import RingMultiheadDilatedAttention
-from nnscaler_ring.models.sharing import positions_of_shard
+from nnscaler_ring.training.shards import positions_of_shard
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from nnscaler_ring.core.op.checks import check_branches
 from nnscaler_ring.core.plan.dilation import HeadOffsets
 from nnscaler_ring.core.plan.span import even_lens
+from nnscaler_ring.core.sizes import Sizes, dtype_name
 from nnscaler_ring.dilated.memory import DilatedShape, predict_needs
-from nnscaler_ring.simulator.sizes import Sizes, dtype_name
 
 GIB = 2**30
 FIRST_SEGMENT = 2048

@@ -8,8 +8,8 @@ from nnscaler_ring.models.decoder_layer import DecoderLayer
 from nnscaler_ring.models.energy_transformer_block import EnergyTransformerBlock
 from nnscaler_ring.models.ring_attention import RingAttention
 from nnscaler_ring.models.ring_attention_model import RingAttentionModel
-from nnscaler_ring.models.sharing import even_shard_lens, positions_of_shard, sum_gradients
 from nnscaler_ring.models.transformer import Transformer, TransformerConfig
+from nnscaler_ring.training import even_shard_lens, positions_of_shard, sum_gradients
 
 __all__ = [
     "DecoderLayer",

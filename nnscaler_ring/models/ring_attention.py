@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from nnscaler_ring.core.ranks.agreement import refusing_together
 from nnscaler_ring.core.ranks.groups import group_string
+from nnscaler_ring.core.ranks.ring_size import check_ring_size
 from nnscaler_ring.models.heads import to_heads
 from nnscaler_ring.models.local_ring import local_ring_attention
-from nnscaler_ring.models.sharing import check_ring_size
 from nnscaler_ring.ring_attn import wrap_ring_attn_func
 
 if TYPE_CHECKING:

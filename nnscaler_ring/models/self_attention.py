@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from nnscaler_ring.core.ranks.ring_size import check_ring_size
 from nnscaler_ring.models.heads import to_heads
 from nnscaler_ring.models.local_ring import local_ring_attention
 from nnscaler_ring.models.rope import Rotation, rotate
-from nnscaler_ring.models.sharing import check_ring_size
 from nnscaler_ring.ring_attn import wrap_ring_attn_func
 from nnscaler_ring.zigzag_attn import wrap_zigzag_attn_func
 

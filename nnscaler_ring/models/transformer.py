@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nnscaler_ring.models.decoder_layer import DecoderLayer
 from nnscaler_ring.models.rms_norm import RMSNorm
 from nnscaler_ring.models.rope import rope_rotation
-from nnscaler_ring.models.sharing import positions_of_shard
+from nnscaler_ring.training.shards import positions_of_shard
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike

@@ -3,12 +3,12 @@
 Nothing here talks to another process.
 """
 
+from nnscaler_ring.core.sizes import Sizes
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.inputs import GeneratedInputs, WholeInputs
 from nnscaler_ring.simulator.profiler import MemoryProfile, RingAttentionMemoryProfiler
 from nnscaler_ring.simulator.score_options import ScoreOptions
 from nnscaler_ring.simulator.simulator import Results, RingAttentionSimulator, Share
-from nnscaler_ring.simulator.sizes import Sizes
 
 __all__ = [
     "GeneratedInputs",

@@ -12,8 +12,8 @@ from nnscaler_ring.core.op.checks import check_cu_seqlens_values, check_shard_le
 from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments, SequenceLayout
 from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, Rows, Schedule
 from nnscaler_ring.core.plan.span import even_lens
+from nnscaler_ring.core.sizes import Sizes
 from nnscaler_ring.core.token_index import token_index
-from nnscaler_ring.simulator.sizes import Sizes
 
 
 @dataclass(frozen=True)

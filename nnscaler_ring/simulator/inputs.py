@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nnscaler_ring.simulator.sizes import Sizes
+from nnscaler_ring.core.sizes import Sizes
 
 NAMES = ("q", "k", "v", "dout")
 

@@ -28,6 +28,7 @@ from nnscaler_ring.core.exchange.program import (
 )
 from nnscaler_ring.core.kernels import AttentionKernel
 from nnscaler_ring.core.plan.tile import UNBOUNDED, Tile
+from nnscaler_ring.core.sizes import Memory
 from nnscaler_ring.core.sums.online_softmax import ROWS_AT_ONCE
 from nnscaler_ring.simulator.call import SimulatedCall
 
@@ -86,18 +87,6 @@ def _needs_mask(tile: Tile) -> bool:
     if tile.hi == UNBOUNDED:
         return tile.lo != -UNBOUNDED
     return tile.lo != -UNBOUNDED or tile.hi != tile.k0 - tile.q0
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank at its peak, by component."""
-
-    components: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(self.components.values())
 
 
 def predict_memory(

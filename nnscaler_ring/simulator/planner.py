@@ -15,10 +15,10 @@ from typing import Any
 
 from nnscaler_ring.core.exchange import Sent
 from nnscaler_ring.core.plan.schedule import Mask
+from nnscaler_ring.core.sizes import SentBytes, Sizes
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.cluster import Cluster
 from nnscaler_ring.simulator.memory import KernelTraits, Memory, predict_memory, traits_of
-from nnscaler_ring.simulator.sizes import SentBytes, Sizes
 from nnscaler_ring.simulator.timeline import (
     RankTimeline,
     Timeline,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nnscaler_ring import __version__
+from nnscaler_ring.core.device import device_name
 from nnscaler_ring.core.plan.tile import UNBOUNDED
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.cluster import Cluster
@@ -22,7 +23,6 @@ from nnscaler_ring.simulator.profiler import RingAttentionMemoryProfiler
 from nnscaler_ring.simulator.sampled_rows import exact_rows
 from nnscaler_ring.simulator.simulator import RingAttentionSimulator
 from nnscaler_ring.simulator.timeline import Timeline, simulate_timeline
-from nnscaler_ring.tools.machine import device_name
 
 MASK_TOKENS = 96
 """Of the picture of the mask, which is drawn for a shorter sequence."""

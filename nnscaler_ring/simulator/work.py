@@ -10,10 +10,10 @@ from nnscaler_ring.core.exchange import USUAL
 from nnscaler_ring.core.exchange.rounds import Distance, Round, rounds_of
 from nnscaler_ring.core.plan.schedule import row_count
 from nnscaler_ring.core.plan.tile import Tile
+from nnscaler_ring.core.sizes import Sizes
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.cluster import Cluster
 from nnscaler_ring.simulator.memory import KernelTraits
-from nnscaler_ring.simulator.sizes import Sizes
 
 
 class StepWork(NamedTuple):

@@ -20,21 +20,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nnscaler_ring import traffic, wrap_ring_attn_func, wrap_zigzag_attn_func
+from nnscaler_ring.core.device import device_name
 from nnscaler_ring.core.kernels import BackwardTensors, select_kernel
 from nnscaler_ring.core.plan.schedule import Mask
 from nnscaler_ring.core.plan.tile import Tile, trim
 from nnscaler_ring.core.ranks.groups import find_place, group_string
 from nnscaler_ring.core.ranks.transport import Message, Transport
 from nnscaler_ring.core.scores.scores import TileScores
+from nnscaler_ring.core.sizes import Sizes
 from nnscaler_ring.core.sums.online_softmax import merge_
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.cluster import Cluster, Link, Rates
 from nnscaler_ring.simulator.memory import KernelTraits, predict_memory, traits_of
-from nnscaler_ring.simulator.sizes import Sizes
 from nnscaler_ring.simulator.timeline import simulate_timeline
 from nnscaler_ring.tools.demo.memory import count_tensor_bytes
 from nnscaler_ring.tools.launch import Rank, run_ranks
-from nnscaler_ring.tools.machine import device_name
 
 RANKS = 2
 DTYPES = ("float32", "bfloat16")

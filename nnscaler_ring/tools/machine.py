@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nnscaler_ring.core.device import device_name
 from nnscaler_ring.core.kernels import Problem, auto_kernels, kernel_refusals, select_kernel
 
 PACKAGES = ("nnscaler", "flash-attn", "flash-attn-4", "transformer-engine", "triton")
@@ -70,13 +71,6 @@ def devices() -> dict[str, Any]:
             name for name in ("gloo", "nccl") if available and dist.is_backend_available(name)
         ],
     }
-
-
-def device_name(device: str) -> str:
-    """One line for reports."""
-    if device == "cuda":
-        return torch.cuda.get_device_name(0)
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {platform.system()}"
 
 
 def source_commit() -> dict[str, Any]:

@@ -28,10 +28,10 @@ from nnscaler_ring.core.plan.schedule import Mask
 from nnscaler_ring.core.plan.tile import UNBOUNDED
 from nnscaler_ring.core.ranks.groups import Place, Traffic
 from nnscaler_ring.core.scores.scores import Scores
+from nnscaler_ring.core.sizes import Sizes
 from nnscaler_ring.core.sums.online_softmax import merge_
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.cluster import Cluster, load_cluster
-from nnscaler_ring.simulator.sizes import Sizes
 from nnscaler_ring.simulator.stand_in import StandIn
 
 MODELLED = "h200"

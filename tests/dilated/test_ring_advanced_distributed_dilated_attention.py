@@ -13,8 +13,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 import nnscaler_ring
 from nnscaler_ring.dilated import RingAdvancedDistributedDilatedAttention
 from nnscaler_ring.dilated import ring_advanced_distributed_dilated_attention as guides_path
-from nnscaler_ring.dilated.deepspeed_config import make_deepspeed_config
 from nnscaler_ring.models import even_shard_lens
+from nnscaler_ring.training.deepspeed_config import make_deepspeed_config
 from tests.tolerances import assert_close_float64
 
 WIDTH, HEADS, KV_HEADS, TOKENS, BATCH = 24, 12, 4, 11, 2

@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 
 from nnscaler_ring.dilated import RingAttentionTester
-from nnscaler_ring.dilated.ring_attention_tester import (
+from nnscaler_ring.tools.launch import Rank
+from nnscaler_ring.tools.ring_attention_tester import (
     MEMORY_TOKENS,
     MODELS,
     _definition,
     _difference,
     main,
 )
-from nnscaler_ring.tools.launch import Rank
 from tests.dilated_oracle import dilated_attention
 from tests.oracle import make_qkv
 from tests.tolerances import assert_close_float64

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nnscaler_ring.dilated import BufferLimitError, BufferLimits, RingDilatedAttention, recovery
+from nnscaler_ring.dilated import BufferLimitError, BufferLimits, RingDilatedAttention
 from nnscaler_ring.dilated import ring_dilated_attention as guides_path
+from nnscaler_ring.training import recovery
 from tests.dilated_oracle import dilated_gradients
 from tests.oracle import make_dout, make_qkv
 from tests.tolerances import assert_close_float64

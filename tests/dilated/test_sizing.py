@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from nnscaler_ring import wrap_dilated_attn_func
 from nnscaler_ring.core.plan.dilation import HeadOffsets
+from nnscaler_ring.core.sizes import Sizes
 from nnscaler_ring.dilated import (
     calculate_optimal_ring_size,
     optimize_block_size,
@@ -17,7 +18,6 @@ from nnscaler_ring.dilated import (
 )
 from nnscaler_ring.dilated.memory import DilatedShape, predict_needs
 from nnscaler_ring.dilated.sizing import GIB
-from nnscaler_ring.simulator.sizes import Sizes
 from nnscaler_ring.tools.demo.memory import count_tensor_bytes
 
 BRANCHES = ((128, 256, 4096), (1, 2, 16))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.exchange import EXCHANGES as REGISTERED
 from tests.nnscaler.models import OneCall
 from tests.nnscaler.plans import DENSE_DIMS, PACKED_DIMS, PLANS, Plan, split
 from tests.nnscaler.runtime import nnscaler_ranks, parallelize
@@ -32,7 +33,7 @@ MASKS: tuple[dict[str, Any], ...] = (
     {"causal": False, "window_size": (3, 6)},
 )
 HEADS = ((4, 4), (4, 2), (4, 1), (8, 4))
-EXCHANGES = ("direct", "ring", "all_gather")
+EXCHANGES = tuple(REGISTERED)
 OPTIONS = {"softcap": 2.0, "dropout_p": 0.3, "dropout_seed": 5}
 BATCH = 4
 TOKENS = 24  # 4 blocks of 6: zigzag chunks of 3, and windows that end inside a block

@@ -49,7 +49,7 @@ def test_info_as_a_table():
     assert done.exit_code == 0
     assert torch.__version__ in done.output
     assert all(name in done.output for name in KERNELS)
-    assert "auto asks torch_cpu, flash_attn_3, torch_cuda, and takes the first" in done.output
+    assert "auto asks cpu_tiles, torch_cpu, flash_attn_3, torch_cuda, and" in done.output
 
 
 def test_missing_packages_are_one_line():

@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks.table import provenance, tables
+from nnscaler_ring.core.kernels.native.library import library
 from nnscaler_ring.tools import replay
 from nnscaler_ring.tools.commands import commands
 from nnscaler_ring.tools.commands import replay as command
@@ -41,11 +42,14 @@ def test_the_default_cases_are_those_of_the_issue():
     assert {case.ranks for case in chosen} == {8}
 
 
+CPU_KERNEL = "torch_cpu" if isinstance(library(), str) else "cpu_tiles"
+
+
 @pytest.mark.parametrize("case", cases((300, 500), **SMALL), ids=lambda case: case.label)
 def test_ranks_compute_what_one_device_computes(case):
     results = measure(case, CPU, reps=1)
     assert results["relative_l2_to_one_device"] < 2e-6
-    assert results["kept_fraction"] > 0 and results["kernel"] == "torch_cpu"
+    assert results["kept_fraction"] > 0 and results["kernel"] == CPU_KERNEL
     dense = case.documents == 1 and case.window is None
     assert (results["sdpa_seconds"] is not None) == dense
     call = case.call(case.ranks)

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from nnscaler_ring.core.exchange.all_gather import all_gather
 from nnscaler_ring.core.exchange.contract import GradientStep, Keys, KVExchange
 from nnscaler_ring.core.exchange.direct import direct
+from nnscaler_ring.core.exchange.gathered import gathered
 from nnscaler_ring.core.exchange.perform import Performance
 from nnscaler_ring.core.exchange.program import USUAL, Cut, Program, Sent
 from nnscaler_ring.core.exchange.ring import ring
@@ -56,6 +57,7 @@ class Exchange(NamedTuple):
 EXCHANGES: dict[str, Exchange] = {
     "direct": Exchange(direct),
     "ring": Exchange(ring, sends_whole_shards=True),
+    "gathered": Exchange(gathered),
     "all_gather": Exchange(all_gather, sends_whole_shards=True, holds_all_keys=True),
 }
 """Exchanges by name. A new one is a function in a file of its own, listed here."""

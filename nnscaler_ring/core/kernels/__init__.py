@@ -1,5 +1,6 @@
 """Attention kernels: one tile on one device each. `contract.py` says what a kernel is,
 `registry.py` which there are; every other file is one of them, or what several share.
+Adapters never import each other: one that needs another asks `offer_of` for it by name.
 """
 
 from nnscaler_ring.core.kernels.contract import (

@@ -18,6 +18,7 @@ from nnscaler_ring.core.kernels.contract import AttentionKernel, KernelOffer, Pr
 logger = logging.getLogger(__name__)
 
 KERNELS = (
+    "cpu_tiles",
     "torch_cpu",
     "torch_cuda",
     "flash_attn",
@@ -32,7 +33,7 @@ KERNELS = (
 WHOLE_OPS = ("transformer_engine",)
 """Other names that `kernel` may have: see core/op/whole_op.py."""
 
-AUTO_KERNELS = ("torch_cpu", "flash_attn_3", "torch_cuda")
+AUTO_KERNELS = ("cpu_tiles", "torch_cpu", "flash_attn_3", "torch_cuda")
 """What `kernel="auto"` picks from, in the order in which it asks; but see `auto_kernels`.
 
 `reference` builds whole score matrices: it must be asked for. So must flash-attn 4, a beta."""
@@ -70,7 +71,7 @@ def auto_kernels(problem: Problem) -> tuple[str, ...]:
     in blocks of scores.
     """
     if problem.softcap:
-        return "torch_cpu", "flash_attn_3", "flash_attn", "torch_cuda"
+        return "cpu_tiles", "torch_cpu", "flash_attn_3", "flash_attn", "torch_cuda"
     return AUTO_KERNELS
 
 
@@ -96,6 +97,10 @@ def offer_of(name: str) -> KernelOffer:
             from nnscaler_ring.core.kernels.reference import Reference
 
             return Reference()
+        case "cpu_tiles":
+            from nnscaler_ring.core.kernels.cpu_tiles import CpuTiles
+
+            return CpuTiles()
         case "torch_cpu":
             from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
 

@@ -3,6 +3,12 @@
 Contract of the aten pair (torch 2.13): tensors are [b, h, rows, d]; `is_causal` is **top-left**
 aligned and allows more queries than keys; v has q's head dim; zero rows kill the process; a last
 dim that is not dense gives wrong numbers without an error; a float mask is allowed, a band is not.
+
+Note [Rows of NaN]
+    The kernel's search for the largest score drops NaN among keys that do not fill a vector
+    register. Of a query that is NaN in all its scores it then says that it sees no key: out = 0,
+    softmax_lse = 0. So where few keys give a softmax_lse of 0, which hardly any other row has, the
+    call is computed again in plain torch, and NaN stays NaN for any number of ranks.
 """
 
 from __future__ import annotations
@@ -32,6 +38,9 @@ FULL_BLOCK_ROWS = 768
 """Below, the fused backward rounds dk and dv to half precision every 64 query rows instead of every
 256: in float32 such calls are exact enough for any number of ranks, and faster up to 256 rows."""
 
+
+VECTOR = 16
+"""float32 numbers of the widest register: Note [Rows of NaN]."""
 
 SCORE_BLOCK = (256, 1024)
 """Rows and keys whose scores are built at a time: what the fused kernel cannot do."""
@@ -64,7 +73,7 @@ class TorchCpu:
         return [call for tile in tiles for call in score_blocks(tile, *SCORE_BLOCK)]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> tuple[Tensor, Tensor]:
-        """One call of the fused kernel, or one block of scores."""
+        """One call of the fused kernel, or one block of scores: Note [Rows of NaN] too."""
         if scores.mods is not None:
             return tile_forward(q, k, v, scores)
         v_head_dim = v.shape[-1]
@@ -76,7 +85,13 @@ class TorchCpu:
             attn_mask=mask,
             scale=scores.softmax_scale,
         )
-        return out.transpose(1, 2)[..., :v_head_dim], softmax_lse
+        out = out.transpose(1, 2)[..., :v_head_dim]
+        if k.shape[1] < VECTOR and bool((softmax_lse == 0).any()):
+            right_out, right_lse = tile_forward(q, k, v, scores)
+            is_lost = right_lse.isnan()
+            softmax_lse = torch.where(is_lost, right_lse, softmax_lse)
+            out = torch.where(is_lost.transpose(1, 2).unsqueeze(-1), right_out.to(out.dtype), out)
+        return out, softmax_lse
 
     def backward(self, tensors: BackwardTensors, scores: TileScores) -> TileGradients:
         """The backward of the same, in float32 where half precision is coarser."""

@@ -11,14 +11,18 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.nn import attention
 
 from nnscaler_ring.core.kernels.aten_flash import AtenFlash
 from nnscaler_ring.core.kernels.contract import AttentionKernel, Problem
-from nnscaler_ring.core.kernels.flash_attn import FLASH_ATTN, FlashAttn
 from nnscaler_ring.core.kernels.flash_form import FlashKernel
+from nnscaler_ring.core.kernels.registry import offer_of
+
+if TYPE_CHECKING:
+    from nnscaler_ring.core.kernels.flash_attn import FlashAttn
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,16 @@ def _newer_than_torch(version: str) -> str | None:
     return None
 
 
+def _package(name: str) -> FlashAttn:
+    """The kernel that calls the same package without torch."""
+    return cast("FlashAttn", offer_of(name))
+
+
 MOUNTED = {
     offer.name: offer
     for offer in (
-        Mounted("torch_fa3", "FA3", FLASH_ATTN["flash_attn_3"]),
-        Mounted("torch_fa4", "FA4", FLASH_ATTN["flash_attn_4"]),
+        Mounted("torch_fa3", "FA3", _package("flash_attn_3")),
+        Mounted("torch_fa4", "FA4", _package("flash_attn_4")),
     )
 }
 """By kernel name."""

@@ -151,7 +151,7 @@ def dilated_attention(
         checks.check_qkv(q, k, v, packed=False)
         checks.check_mask(causal, (-1, -1))
         scale = checks.check_scale(softmax_scale, q.shape[-1])
-        checks.check_branches(segment_lengths, dilation_rates)
+        segments, rates = checks.check_branches(segment_lengths, dilation_rates)
         offsets = checks.check_head_offsets(head_offsets, k.shape[-2])
         assert offsets.num_kv_heads is not None, offsets  # filled in there
         if shard_lens is not None:
@@ -161,8 +161,8 @@ def dilated_attention(
         op=op,
         group=group,
         shard_lens=shard_lens,
-        segment_lengths=list(segment_lengths),
-        dilation_rates=list(dilation_rates),
+        segment_lengths=segments,
+        dilation_rates=rates,
         causal=causal,
         head_offsets=offsets.grouping,
         first_kv_head=offsets.first_kv_head,

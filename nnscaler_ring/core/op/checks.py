@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.kernels import KERNELS, WHOLE_OPS
+from nnscaler_ring.core.op.taken_tensors import check_taken, warn_of_heads_first
 from nnscaler_ring.core.plan.dilation import GROUPINGS, HeadOffsets
 from nnscaler_ring.core.plan.schedule import Mask
 from nnscaler_ring.core.plan.tile import UNBOUNDED
@@ -26,6 +27,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor {dims}, got {type(x).__name__}.")
+        check_taken(name, x)
         if x.dim() != (3 if packed else 4):
             raise ValueError(f"{name} must be {dims}, got shape {list(x.shape)}; for {other}.")
         if x.dtype not in DTYPES:
@@ -58,6 +60,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> None:
             f"k must have q's batch and tokens, {list(q.shape[:2])}, got {list(k.shape[:2])}; "
             "for queries and keys of different lengths use wrap_ring_attn_varlen_func."
         )
+    warn_of_heads_first(q)
 
 
 def check_mask(causal: bool, window_size: tuple[int, int]) -> Mask:
@@ -72,7 +75,7 @@ def check_mask(causal: bool, window_size: tuple[int, int]) -> Mask:
         raise ValueError(
             f"window_size entries must be -1 or >= 0, got {window_size}; use -1 for unbounded."
         )
-    left, right = (min(side, UNBOUNDED) for side in window_size)
+    left, right = (min(_as_int(side), UNBOUNDED) for side in window_size)
     return Mask.from_window(causal, (left, right))
 
 
@@ -142,7 +145,8 @@ def check_dropout_seed(dropout_seed: int | DropoutSeed | None, dropout_p: float)
             raise TypeError(f"dropout_seed.{name} must be an int, got {value!r}.")
         if value < 0:
             raise ValueError(f"dropout_seed.{name} must be >= 0, got {value}.")
-    return given
+    seed = None if given.seed is None else _as_int(given.seed)
+    return DropoutSeed(seed, _as_int(given.first_batch), _as_int(given.first_head))
 
 
 def check_alibi_slopes(alibi_slopes: Tensor | None, q: Tensor) -> None:
@@ -206,6 +210,7 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
 def _check_option(name: str, x: object, q: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {type(x).__name__}.")
+    check_taken(name, x)
     if not x.is_floating_point():
         raise ValueError(f"{name} must be of a floating dtype, got {x.dtype}; convert it.")
     if x.device != q.device:
@@ -232,7 +237,7 @@ def check_shard_lens(
         )
     if any(n < 0 for n in lens):
         raise ValueError(f"{name} must not be negative, got {lens}; 0 is an empty shard.")
-    return lens
+    return [_as_int(n) for n in lens]
 
 
 def check_own_length(name: str, lens: Sequence[int], block: int, tokens: int) -> None:
@@ -251,8 +256,10 @@ def check_zigzag_layout(layout: str) -> None:
         raise ValueError(f"layout must be 'contiguous' or 'zigzag', got {layout!r}.")
 
 
-def check_branches(segment_lengths: Sequence[int], dilation_rates: Sequence[int]) -> None:
-    """Branches of dilated attention: as many lengths as rates, a rate within its segment."""
+def check_branches(
+    segment_lengths: Sequence[int], dilation_rates: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Both as lists. Branches have as many lengths as rates, a rate within its segment."""
     for name, values in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
         if isinstance(values, str) or not isinstance(values, Sequence):
             raise TypeError(f"{name} must be a sequence of ints, got {type(values).__name__}.")
@@ -274,6 +281,7 @@ def check_branches(segment_lengths: Sequence[int], dilation_rates: Sequence[int]
                 f"dilation_rates must not be above their segment length, got rate {rate} for "
                 f"length {length}: most heads would use no token; take a longer segment."
             )
+    return [_as_int(n) for n in segment_lengths], [_as_int(n) for n in dilation_rates]
 
 
 def check_head_offsets(head_offsets: str | HeadOffsets, num_kv_heads: int) -> HeadOffsets:
@@ -291,7 +299,7 @@ def check_head_offsets(head_offsets: str | HeadOffsets, num_kv_heads: int) -> He
             f"{total}, got first_kv_head={given.first_kv_head}; num_kv_heads counts the heads of "
             "all ranks that share the heads."
         )
-    return given._replace(num_kv_heads=total)
+    return given._replace(first_kv_head=_as_int(given.first_kv_head), num_kv_heads=_as_int(total))
 
 
 def check_total(name: str, total: int) -> None:
@@ -310,7 +318,7 @@ def check_dim(x: Tensor, dim: int) -> int:
         raise TypeError(f"dim must be an int, got {dim!r}.")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim must be a dimension of x, shape {list(x.shape)}, got {dim}.")
-    return dim % x.dim()
+    return _as_int(dim) % x.dim()
 
 
 def check_cu_seqlens_tensors(q: Tensor, cu_seqlens_q: object, cu_seqlens_k: object) -> None:
@@ -360,4 +368,10 @@ def check_cu_seqlens_values(name: str, values: Sequence[int], total: int) -> Non
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Also of numpy's integers, which are no Python ints."""
+    return isinstance(value, (int, Integral)) and not isinstance(value, bool)
+
+
+def _as_int(value: int | Integral) -> int:
+    """A Python int; what passes for one while torch traces a program stays what it is."""
+    return value if isinstance(value, int) else int(value)

@@ -144,6 +144,8 @@ def _cannot_do_option(call: Call) -> str | None:
         return "dropout_p must be 0: its masks would depend on the number of ranks"
     if call.deterministic:
         return "deterministic must be False: it takes that from the environment"
+    if call.softmax_scale <= 0:
+        return "softmax_scale must be above 0: its kernels find the largest score unscaled"
     others = {
         "softcap": call.softcap > 0,
         "alibi_slopes": call.alibi_slopes is not None,

@@ -339,7 +339,13 @@ def wait_for_keys(store: dist.Store, keys: Sequence[str], seconds: float) -> lis
 def group_timeout(group: dist.ProcessGroup) -> timedelta:
     """The time after which the group gives up a transfer."""
     device = torch.device(group._device_types[0].type if group._device_types else "cpu")
-    return group._get_backend(device).options._timeout
+    options = group._get_backend(device).options
+    if options is None:
+        raise ValueError(
+            "process_group must have a backend that moves data, such as gloo or nccl, got "
+            f"{dist.get_backend(group)!r}; to look at shapes alone, run with process_group=None."
+        )
+    return options._timeout
 
 
 def group_of(string: str) -> dist.ProcessGroup:

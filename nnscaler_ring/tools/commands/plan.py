@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from nnscaler_ring.core.op.checks import check_mask
+from nnscaler_ring.core.sizes import Sizes, dtype_name
 from nnscaler_ring.simulator.cluster import Cluster, Link, check_cluster, load_cluster
 from nnscaler_ring.simulator.planner import Job, Plan, StrategyPlan, gigabytes, plan
-from nnscaler_ring.simulator.sizes import Sizes, dtype_name
 from nnscaler_ring.tools.commands.options import Amount, Size, parse_size, usage_errors
 
 

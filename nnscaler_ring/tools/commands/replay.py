@@ -19,10 +19,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nnscaler_ring.core.device import device_name
 from nnscaler_ring.simulator.simulation import LIMITS
 from nnscaler_ring.tools.machine import (
     cuda_versions,
-    device_name,
     device_types,
     package_versions,
     source_commit,

@@ -15,11 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.op.checks import check_mask
 from nnscaler_ring.core.plan.layout import LAYOUTS
+from nnscaler_ring.core.sizes import Sizes, dtype_name
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.cluster import load_cluster
 from nnscaler_ring.simulator.report import markdown
 from nnscaler_ring.simulator.simulation import Simulation, run_simulation, write_pictures
-from nnscaler_ring.simulator.sizes import Sizes, dtype_name
 from nnscaler_ring.tools.commands.options import (
     SEED,
     Size,

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnscaler_ring.core.device import device_name
 from nnscaler_ring.tools.demo.run import DemoConfig, DemoResult, differences, tokens_per_second
 from nnscaler_ring.tools.demo.train import TrainResult
-from nnscaler_ring.tools.machine import device_name, package_versions
+from nnscaler_ring.tools.machine import package_versions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

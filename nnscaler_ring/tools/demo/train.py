@@ -20,6 +20,7 @@ from nnscaler_ring.tools.demo.shard import Split, positions
 from nnscaler_ring.tools.demo.text import Corpus, Sample, draw_sample
 from nnscaler_ring.tools.launch import Rank, check_ranks
 from nnscaler_ring.tools.machine import usable_kernel
+from nnscaler_ring.training import sum_gradients
 
 
 @dataclass(frozen=True)
@@ -196,13 +197,7 @@ class RanksTraining(Training):
 
     def finish_gradients(self) -> None:
         """Each rank has the gradient of its part of the loss: the sum is that of the loss."""
-        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
-        summed = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(summed)
-        for gradient, part in zip(
-            gradients, summed.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(part.view_as(gradient))
+        sum_gradients(self.model, self.peers)
 
     def whole_loss(self, loss: Tensor) -> Tensor:
         """The sum of all ranks' parts."""

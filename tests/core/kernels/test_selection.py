@@ -1,6 +1,8 @@
 """Which kernel a call gets, and what it is told when there is none."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +11,11 @@ from nnscaler_ring.core.kernels import (
     AUTO_KERNELS,
     KERNELS,
     Problem,
+    cpu_tiles,
     kernel_refusals,
     select_kernel,
 )
+from nnscaler_ring.core.kernels.native.library import Library
 
 PROBLEM = Problem(
     device_type="cpu",
@@ -33,11 +37,33 @@ def test_a_kernel_is_found_by_its_name(name):
         assert select_kernel(name, PROBLEM).name == name
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["compiled", "not compiled"])
+def is_compiled(request, monkeypatch) -> bool:
+    """As if the C++ kernel were there, or not; nothing is computed."""
+    functions = SimpleNamespace(nnscaler_ring_attention=None)
+    found = {"compiled": Library(functions, "avx2", Path()), "not compiled": "it is not compiled"}
+    monkeypatch.setattr(cpu_tiles, "library", lambda: found[request.param])
+    return request.param == "compiled"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_auto_takes_the_fused_kernel_on_cpu(dtype, deterministic):
+def test_auto_takes_the_compiled_kernel_on_cpu_else_the_fused_one(
+    dtype, deterministic, is_compiled
+):
     problem = changed(dtype=dtype, deterministic=deterministic)
-    assert select_kernel("auto", problem).name == "torch_cpu"
+    by_tiles = is_compiled and dtype != torch.float64
+    assert select_kernel("auto", problem).name == ("cpu_tiles" if by_tiles else "torch_cpu")
+
+
+def test_the_compiled_kernel_says_what_it_lacks(is_compiled):
+    assert "not in torch.float64" in kernel_refusals(changed(dtype=torch.float64))["cpu_tiles"]
+    assert "on meta" in kernel_refusals(changed(device_type="meta"))["cpu_tiles"]
+    reason = kernel_refusals(PROBLEM)["cpu_tiles"]
+    assert reason is None if is_compiled else reason == "it is not compiled"
 
 
 def test_auto_never_picks_the_reference():

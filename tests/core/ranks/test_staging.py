@@ -19,7 +19,7 @@ from nnscaler_ring.core.ranks.staging import (
     device_of_numbers,
 )
 from nnscaler_ring.core.ranks.transport import connect
-from tests.cases import Case, all_cases, run_cases, sample
+from tests.cases import EXCHANGES, Case, all_cases, run_cases, sample
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -85,7 +85,7 @@ def run_both_ways(ranks: list[int], cases: list[Case]) -> tuple[list[Any], list[
 
 def test_staged_results_are_the_same_bits(pool):
     cases = [case for case in sample(all_cases(0), 150, seed=3) if case.world_size == 3]
-    assert {case.exchange for case in cases} == {"direct", "ring", "all_gather"}
+    assert {case.exchange for case in cases} == {*EXCHANGES}
     for plain, staged, moved in pool.run(3, run_both_ways, cases):
         assert moved > 2 * len(cases)
         for results, others in zip(plain, staged, strict=True):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from nnscaler_ring.dilated.tensor_ranks import COLLECTIVES
+from nnscaler_ring.training.tensor_ranks import COLLECTIVES
 
 SAVED = (torch.ops.nnscaler_ring.dilated_attention.default, *COLLECTIVES)
 """What is kept for the backward pass: attention's out and softmax_lse, and sums over ranks."""

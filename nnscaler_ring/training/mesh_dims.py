@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nnscaler_ring.dilated.tensor_ranks import AllHeads, SharedHeads
+from nnscaler_ring.training.tensor_ranks import AllHeads, SharedHeads
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -42,6 +42,18 @@ class SentBytes:
         return self.forward_kv_bytes + self.backward_kv_bytes + self.gradient_bytes
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its peak, by component."""
+
+    components: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.components.values())
+
+
 def dtype_name(name: str) -> str:
     """The full name of a dtype, short names such as bf16 allowed.
 

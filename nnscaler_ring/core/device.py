@@ -1,12 +1,20 @@
-"""Memory of the device that a module computes on, measured."""
+"""The device that a module computes on: its name and its memory, as they are now."""
 
 from __future__ import annotations
 
 import os
+import platform
 from contextlib import suppress
 from typing import Any
 
 import torch
+
+
+def device_name(device: str) -> str:
+    """One line for reports."""
+    if device == "cuda":
+        return torch.cuda.get_device_name(0)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {platform.system()}"
 
 
 def free_bytes(device: torch.device) -> int:
