@@ -111,7 +111,9 @@ def results(trainer: Any) -> dict[str, Any]:
     }
 
 
-def train(ranks: list[int] | None, name: str, folder: str, sharded: bool) -> dict[str, Any]:
+def train(
+    ranks: list[int] | None, name: str, folder: str, sharded: bool, **more: Any
+) -> dict[str, Any]:
     """Trains, evaluates, and goes on from the checkpoint of step 2 with a new model."""
     join_accelerate()
     kind = RingTrainer if sharded else Trainer
@@ -119,7 +121,7 @@ def train(ranks: list[int] | None, name: str, folder: str, sharded: bool) -> dic
     for resumed in (False, True):
         trainer = kind(
             build(name, ranks, sharded),
-            arguments(folder),
+            arguments(folder, **more),
             train_dataset=Samples(SAMPLES),
             eval_dataset=Samples(EVALUATED),
             data_collator=collate,

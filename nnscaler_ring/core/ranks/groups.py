@@ -55,6 +55,7 @@ class Traffic:
     gradient_bytes: int = 0
     relayout_bytes: int = 0
     seed_bytes: int = 0
+    partial_bytes: int = 0
     messages: int = 0
 
     @property
@@ -66,6 +67,7 @@ class Traffic:
             + self.gradient_bytes
             + self.relayout_bytes
             + self.seed_bytes
+            + self.partial_bytes
         )
 
     def __sub__(self, earlier: Traffic) -> Traffic:

@@ -31,8 +31,10 @@ from torch import Tensor
 from nnscaler_ring.core.ranks.groups import ALONE, Place, Traffic, group_of, group_state
 from nnscaler_ring.core.ranks.staging import backends_of, carriage_of
 
-Kind = Literal["forward_kv", "backward_kv", "gradient", "relayout", "seed"]
-KINDS: tuple[Kind, ...] = ("forward_kv", "backward_kv", "gradient", "relayout", "seed")
+Kind = Literal["forward_kv", "backward_kv", "gradient", "relayout", "seed", "partial"]
+KINDS: tuple[Kind, ...] = (
+    *("forward_kv", "backward_kv", "gradient", "relayout", "seed", "partial"),
+)
 
 
 # torch 2.13 renamed both; the old names warn there.
