@@ -401,6 +401,16 @@ def find_place(string: str) -> Place:
     return Place(group, members, members.index(group.rank()))
 
 
+def block_and_world_size(string: str) -> tuple[int, int]:
+    """What `find_place` says, in integers, which torch.compile takes for constants."""
+    place = find_place(string)
+    return place.block, place.world_size
+
+
+# As for _string_of_ranks.
+block_and_world_size._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def traffic(process_group: ProcessGroupLike | None = None) -> Traffic:
     """What this rank has sent over a group for attention since the group was made, in bytes.
 
