@@ -14,6 +14,7 @@ from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.ranks.groups import group_string
 from nnscaler_ring.hf.attention_calls import attention_call
 from nnscaler_ring.hf.attention_function import NAME
+from nnscaler_ring.hf.cache import note_cache
 from nnscaler_ring.hf.model_checks import check_model, chunk_size_of
 from nnscaler_ring.hf.rope import LAST_POSITION, watch_rotary_modules
 from nnscaler_ring.hf.sharding import SETTINGS, RingSettings, Sharding
@@ -103,6 +104,9 @@ def _watch(base: nn.Module, attention: list[Any]) -> None:
         for handle in before.handles:
             handle.remove()
     rotary, handles = watch_rotary_modules(base)
+    handles += [
+        module.register_forward_pre_hook(note_cache, with_kwargs=True) for module in attention
+    ]
     handles.append(base.register_forward_pre_hook(_before_forward, with_kwargs=True))
     setattr(base, WATCH, Watch(attention, rotary, handles))
 
