@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from nnscaler_ring.core.ranks.groups import find_place
 from nnscaler_ring.decode_attn import decode_attention
 from nnscaler_ring.hf.batch import shard_batch
-from nnscaler_ring.hf.sharding import RingSettings, Sharding, settings_of
+from nnscaler_ring.hf.sharding import RingSettings, Sharding, settings_of, transformers_model
 
 CACHE = "nnscaler_ring_cache"
 """The attribute of an attention module that refers to the RingCache of its latest call."""
@@ -105,15 +105,18 @@ class RingCache(Cache):
             raise ValueError(
                 f"the cache must be empty, got {self.get_seq_length()} tokens; make a new one."
             )
-        base = _base_model(model)
         batch = shard_batch(model, {"input_ids": prompt_ids[:, :-1]})
         del batch["num_items"]
-        names = inspect.signature(inspect.unwrap(type(base).forward)).parameters
-        name = "cache" if "cache" in names else "past_key_values"
+        names = inspect.signature(
+            inspect.unwrap(type(transformers_model(model)).forward)
+        ).parameters
+        more: dict[str, Any] = {"cache" if "cache" in names else "past_key_values": self}
+        if "logits_to_keep" in names:
+            more["logits_to_keep"] = 1  # of this rank's rows: they are not used, and large
         self.sharding = batch["ring_sharding"]
         try:
             with torch.no_grad():
-                base(**batch, **{name: self}, use_cache=True)
+                model(**batch, **more, use_cache=True)
         finally:
             self.sharding = None
 
@@ -187,11 +190,3 @@ def attend_to_layer(
     )
     assert isinstance(out, Tensor), out
     return out
-
-
-def _base_model(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            base: nn.Module = module.base_model
-            return base
-    raise TypeError(f"model must be or hold a transformers model, got {type(model).__name__}.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from nnscaler_ring.core.ranks.groups import find_place
 
@@ -89,3 +90,15 @@ def settings_of(model: nn.Module) -> RingSettings:
         f"model must be prepared for a group of ranks, got a {type(model).__name__} that is not; "
         "call nnscaler_ring.hf.apply_ring_attention(model, process_group=...) first."
     )
+
+
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside whatever wraps it.
+
+    Raises:
+        TypeError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise TypeError(f"model must be or hold a transformers model, got {type(model).__name__}.")
