@@ -8,7 +8,7 @@ Lines and times are predicted; points are counted while the real engine runs a r
 from dataclasses import replace
 from pathlib import Path
 
-from nnscaler_ring.core.plan.schedule import CAUSAL, Mask
+from nnscaler_ring.core.plan.schedule import CAUSAL, Window
 from nnscaler_ring.simulator import (
     GeneratedInputs,
     RingAttentionMemoryProfiler,
@@ -31,7 +31,7 @@ def memory() -> None:
     """Forward and backward of the last rank: points counted, lines from the tiles."""
     sizes = Sizes(2, 2, 16, 16)
     tokens = 65536
-    window = Mask(left=2048, right=0)
+    window = Window(left=2048, right=0)
     lines: dict[str, dict[int, int]] = {name: {} for name in EXCHANGES}
     points: dict[str, dict[int, int]] = {name: {} for name in EXCHANGES}
     for exchange in EXCHANGES:
@@ -67,7 +67,7 @@ def masks() -> None:
     sizes = Sizes(1, 1, 1, 1)
     call = SimulatedCall(96, 4, sizes, CAUSAL, "zigzag")
     plot_mask(IMAGES / "simulator_mask.png", call, "zigzag, causal, 4 ranks")
-    window = replace(call, mask=Mask(left=30, right=0))
+    window = replace(call, mask=Window(left=30, right=0))
     plot_mask(IMAGES / "simulator_mask_window.png", window, "zigzag, window of 30, 4 ranks")
 
 

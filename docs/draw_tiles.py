@@ -1,11 +1,15 @@
-"""Draws docs/images/tiles.png: the attention matrix of several layouts and masks, from the tiles.
+"""Draws the attention matrix of several layouts and masks, from the tiles.
 
     python docs/draw_tiles.py
+
+docs/images/tiles.png has layouts, docs/images/masks.png an example of every kind of mask.
 
 Every cell is painted by the rank that computes it, darker the later its keys arrive. Nothing is
 drawn by hand: the picture is what `Schedule.tiles` returns.
 """
 
+import textwrap
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -24,7 +28,8 @@ from nnscaler_ring.core.plan.layout import (
     Striped,
     Zigzag,
 )
-from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, Schedule
+from nnscaler_ring.core.plan.masks import CAUSAL, KINDS, Mask, Window, mask_of
+from nnscaler_ring.core.plan.schedule import Schedule
 
 TOKENS, RANKS = 48, 4
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728")
@@ -34,10 +39,17 @@ PANELS: tuple[tuple[str, SequenceLayout, Mask], ...] = (
     ("contiguous, causal", CONTIGUOUS, CAUSAL),
     ("zigzag, causal", Zigzag(TOKENS, RANKS), CAUSAL),
     ("striped, causal", Striped(TOKENS, RANKS), CAUSAL),
-    ("zigzag, causal, window 10", Zigzag(TOKENS, RANKS), Mask(left=10, right=0)),
-    ("contiguous, window 6 to both sides", CONTIGUOUS, Mask(left=6, right=6)),
+    ("zigzag, causal, window 10", Zigzag(TOKENS, RANKS), Window(left=10, right=0)),
+    ("contiguous, window 6 to both sides", CONTIGUOUS, Window(left=6, right=6)),
     ("packed documents, causal", PackedDocuments(CONTIGUOUS, CU_SEQLENS, CU_SEQLENS), CAUSAL),
 )
+
+MASKS: tuple[tuple[str, SequenceLayout, Mask], ...] = tuple(
+    (kind.examples[0], CONTIGUOUS, mask_of(kind.examples[0]))
+    for kind in KINDS.values()
+    if kind is not Window
+)
+"""A new kind of mask is here by itself."""
 
 
 def paint(layout: SequenceLayout, mask: Mask) -> tuple[list[list[tuple[float, ...]]], list[int]]:
@@ -69,24 +81,33 @@ def _draw(axes: Axes, title: str, layout: SequenceLayout, mask: Mask) -> None:
     image, pairs = paint(layout, mask)
     axes.imshow(image, interpolation="nearest")
     share = max(pairs) * RANKS / sum(pairs)
-    axes.set_title(f"{title}\nbusiest rank: {share:.2f} x the mean", fontsize=10)
+    lines = textwrap.wrap(title, 48)
+    axes.set_title(
+        "\n".join([*lines, f"busiest rank: {share:.2f} x the mean"]),
+        fontsize=10 if len(lines) == 1 else 8,
+    )
     axes.set_xlabel("key position")
     axes.set_ylabel("query position")
     axes.label_outer()
     axes.tick_params(labelsize=7)
 
 
-def main() -> None:
-    """Draw all panels into docs/images/tiles.png."""
-    figure, grid = plt.subplots(2, 3, figsize=(11, 8.6), layout="constrained", sharex=True)
-    for axes, panel in zip(grid.flat, PANELS, strict=True):
+def draw(name: str, panels: Sequence[tuple[str, SequenceLayout, Mask]]) -> None:
+    """Draw panels, three in a row, into docs/images."""
+    rows = -(-len(panels) // 3)
+    size = (11, 0.4 + 4.1 * rows)
+    figure, grid = plt.subplots(rows, 3, figsize=size, layout="constrained", sharex=True)
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    for axes, panel in zip(grid.flat, panels, strict=False):
         _draw(axes, *panel)
     ranks = [Patch(color=colour, label=f"rank {n}") for n, colour in enumerate(COLOURS)]
     figure.legend(handles=ranks, loc="outside lower center", ncols=RANKS, frameon=False)
-    target = Path(__file__).parent / "images" / "tiles.png"
+    target = Path(__file__).parent / "images" / name
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    draw("tiles.png", PANELS)
+    draw("masks.png", MASKS)

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from nnscaler_ring.core.plan.schedule import CAUSAL, Mask
+from nnscaler_ring.core.plan.schedule import CAUSAL, Window
 from nnscaler_ring.core.sums.online_softmax import merge_
 from nnscaler_ring.simulator import GeneratedInputs, RingAttentionSimulator, SimulatedCall, Sizes
 from nnscaler_ring.simulator.dilated_branch import DilatedBranch, longnet_branches
@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
 def calls(args: argparse.Namespace, sizes: Sizes) -> list[SimulatedCall]:
     """One call for a window; one per branch for the dilated pattern."""
     if args.pattern == "window":
-        mask = Mask(left=args.window, right=0)
+        mask = Window(left=args.window, right=0)
         return [SimulatedCall(args.tokens, args.ranks, sizes, mask, kernel=args.kernel)]
     return [
         SimulatedCall(

@@ -5,7 +5,7 @@ Importing this package imports torch and the standard library only.
 
 from typing import TYPE_CHECKING, Any
 
-from nnscaler_ring import dilated_attn, ring_attn, ring_attn_varlen, zigzag_attn
+from nnscaler_ring import dilated_attn, masks, ring_attn, ring_attn_varlen, zigzag_attn
 from nnscaler_ring.core.plan.dilation import HeadOffsets
 from nnscaler_ring.core.ranks.groups import Traffic, set_agreement_timeout, traffic
 from nnscaler_ring.core.scores.dropout import DropoutSeed
@@ -27,6 +27,7 @@ __all__ = [
     "HeadOffsets",
     "Traffic",
     "decode_attention",
+    "masks",
     "merge_attention",
     "set_agreement_timeout",
     "traffic",

@@ -96,8 +96,8 @@ def decode_attention(
     with refusing_together(group, OP):
         _check_tensors(q, k_cache, v_cache, cache_lens, key_positions)
         _check_kernel(kernel, return_lse)
-        mask = checks.check_mask(True, window_size)
-        left = -1 if window_size[0] < 0 else mask.left
+        window = checks.check_window(True, window_size)
+        left = -1 if window_size[0] < 0 else window.left
         scale = checks.check_scale(softmax_scale, q.shape[-1])
         softcap = checks.check_softcap(softcap)
         checks.check_alibi_slopes(alibi_slopes, q)

@@ -10,6 +10,7 @@ from torch import Tensor
 from nnscaler_ring.core.op.attention import context_parallel_attention
 
 if TYPE_CHECKING:
+    from nnscaler_ring.core.plan.masks import Mask
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
     from nnscaler_ring.core.scores.dropout import DropoutSeed
 
@@ -35,6 +36,7 @@ def wrap_ring_attn_func(
     shard_lens: Sequence[int] | None = None,
     exchange: str = "direct",
     kernel: str = "auto",
+    mask: Mask | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention over a sequence whose contiguous shards lie on the ranks of a group.
 
@@ -74,7 +76,10 @@ def wrap_ring_attn_func(
             allowed. None: all equal.
         exchange: "direct" (each rank sends every other just the rows it reads), "ring" (neighbour
             to neighbour) or "all_gather" (everything to everybody, memory O(tokens)).
-        kernel: "auto", "torch_cpu" or "reference".
+        kernel: "auto", or a name in `nnscaler_ring.core.kernels.KERNELS`; "transformer_engine"
+            hands the whole call to that package.
+        mask: a mask from `nnscaler_ring.masks` (chunks, a prefix, rectangles, combinations), or its
+            text; instead of causal and window_size, which are then left out.
 
     Returns:
         out [batch, tokens, num_heads, v_head_dim] in q's dtype; with `return_lse` also softmax_lse
@@ -87,7 +92,7 @@ def wrap_ring_attn_func(
     Raises:
         ValueError, TypeError: a wrong argument, on this or on another rank of the group, or ranks
             that disagree; before any data moves.
-        NotImplementedError: an option that is not computed yet.
+        NotImplementedError: return_attn_probs=True.
         RuntimeError: a rank was lost; the message names the op and the peer.
 
     Source: Liu et al., "Ring Attention with Blockwise Transformers", arXiv 2310.01889.
@@ -100,6 +105,7 @@ def wrap_ring_attn_func(
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
+        mask=mask,
         process_group=process_group,
         return_lse=return_lse,
         shard_lens=shard_lens,

@@ -10,6 +10,7 @@ from torch import Tensor
 from nnscaler_ring.core.op.attention import context_parallel_attention
 
 if TYPE_CHECKING:
+    from nnscaler_ring.core.plan.masks import Mask
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
     from nnscaler_ring.core.scores.dropout import DropoutSeed
 
@@ -38,6 +39,7 @@ def wrap_ring_attn_varlen_func(
     shard_lens_k: Sequence[int] | None = None,
     exchange: str = "direct",
     kernel: str = "auto",
+    mask: Mask | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention within documents that are packed one after another over all ranks.
 
@@ -58,6 +60,8 @@ def wrap_ring_attn_varlen_func(
         shard_lens: query tokens of every block where they differ.
         shard_lens_k: key tokens of every block; None: as the queries' if the totals are equal, else
             all equal.
+        mask: as in `wrap_ring_attn_func`; positions count in each document, where the last query
+            stands at the last key's.
 
     Returns:
         out [tokens, num_heads, v_head_dim]; with `return_lse` also softmax_lse
@@ -74,6 +78,7 @@ def wrap_ring_attn_varlen_func(
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
+        mask=mask,
         process_group=process_group,
         return_lse=return_lse,
         shard_lens=shard_lens,

@@ -23,6 +23,7 @@ from nnscaler_ring.core.ranks.groups import find_place, group_string
 from nnscaler_ring.core.token_index import token_index
 
 if TYPE_CHECKING:
+    from nnscaler_ring.core.plan.masks import Mask
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
     from nnscaler_ring.core.scores.dropout import DropoutSeed
 
@@ -49,6 +50,7 @@ def wrap_zigzag_attn_func(
     exchange: str = "direct",
     kernel: str = "auto",
     layout: str = "contiguous",
+    mask: Mask | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention where rank r computes chunks r and 2N-1-r of 2N: balanced when causal.
 
@@ -75,6 +77,7 @@ def wrap_zigzag_attn_func(
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
+        mask=mask,
         process_group=process_group,
         return_lse=return_lse,
         shard_lens=shard_lens,

@@ -53,6 +53,7 @@ class Case:
     kernel: str
     seed: int
     head_dim: int = 4
+    mask: str | None = None
 
     def in_zigzag_order(self) -> "Case":
         """With shard lengths as the zigzag layout gives them."""
@@ -203,9 +204,9 @@ def call(
     case: Case, q: Tensor, k: Tensor, v: Tensor, group: list[int] | None, **more: Any
 ) -> tuple[Tensor, Tensor]:
     """The public function, with every argument of the case and `more`."""
+    seen = {"causal": case.causal, "window_size": case.window_size}
     options = {
-        "causal": case.causal,
-        "window_size": case.window_size,
+        **({"mask": case.mask} if case.mask else seen),
         "process_group": group,
         "exchange": case.exchange,
         "kernel": case.kernel,
@@ -233,6 +234,7 @@ def _compare(case: Case, shards: list[list[Tensor]]) -> None:
         dout,
         causal=case.causal,
         window_size=case.window_size,
+        mask=case.mask,
         cu_seqlens_q=case.cu_seqlens_q,
         cu_seqlens_k=case.cu_seqlens_k,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import EXCHANGES, Case, call, make_documents, make_shard_lens, rows_of
+from tests.masks import random_mask
 from tests.oracle import Mods, dense_attention, dropout_factors
 from tests.ranks import RankPool
 from tests.tolerances import assert_close_float64, assert_close_relative
@@ -25,6 +26,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "shards": ("equal", "uneven", "one empty", "one token"),
     "causal": (True, False),
     "window_size": ((-1, -1), (3, -1), (5, 2), (0, 0), (40, 40)),
+    "mask": (None, "any", "any"),
     "heads": ((2, 2), (6, 2), (4, 1)),
     "head_dims": ((4, 4), (3, 6), (5, 2)),
     "softcap": (0.0, 1.5),
@@ -138,7 +140,11 @@ def _is_possible(chosen: dict[int, int]) -> bool:
     # A packed call has no batch to give slopes or a bias to.
     packed = values.get("op") == "varlen"
     slopes, bias = values.get("alibi_slopes"), values.get("bias")
-    return not (packed and (slopes == "batch and heads" or bias == "one batch row"))
+    if packed and (slopes == "batch and heads" or bias == "one batch row"):
+        return False
+    # A mask takes the place of both.
+    window = values.get("causal", True), values.get("window_size", (-1, -1))
+    return values.get("mask") is None or window == (True, (-1, -1))
 
 
 def _contract(choice: Choice, rng: random.Random, seed: int) -> Contract:
@@ -159,6 +165,9 @@ def _contract(choice: Choice, rng: random.Random, seed: int) -> Contract:
         **{name: values.pop(name) for name in ("exchange", "causal", "window_size", "heads")},
         kernel=values.pop("kernel"),
     )
+    if values.pop("mask"):
+        packed = op == "varlen"
+        case = replace(case, mask=random_mask(rng, sum(lens), packed=packed).text)
     if op == "zigzag in zigzag order":
         case = case.in_zigzag_order()
     return Contract(case=case, ranks=ranks, **values)
@@ -246,6 +255,7 @@ def dense(contract: Contract) -> dict[str, Tensor]:
         inputs["v"],
         causal=case.causal,
         window_size=case.window_size,
+        mask=case.mask,
         cu_seqlens_q=case.cu_seqlens_q,
         cu_seqlens_k=case.cu_seqlens_k,
         mods=mods,

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnscaler_ring.masks import Mask, mask_of
+from tests.masks import shown
+
 Bounds = Tensor | Sequence[int]
 
 
@@ -21,6 +24,7 @@ def visible(
     *,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    mask: Mask | str | None = None,
     cu_seqlens_q: Bounds | None = None,
     cu_seqlens_k: Bounds | None = None,
 ) -> Tensor:
@@ -28,7 +32,8 @@ def visible(
 
     In a document of lq queries and lk keys, query i sees key j iff
     i + lk - lq - left <= j <= i + lk - lq + right; an edge of -1 does not cut, and causal caps
-    right at 0. Without cu_seqlens everything is one document.
+    right at 0. Without cu_seqlens everything is one document. `mask`, a mask or its text, takes the
+    place of causal and window_size.
     """
     left, right = window_size
     if causal:
@@ -46,9 +51,12 @@ def visible(
         position = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0)
         key = torch.arange(k1 - k0)[None, :]
         block = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
-        if left >= 0:
+        if mask is not None:
+            its = mask_of(mask) if isinstance(mask, str) else mask
+            block = shown(its, position, key, document)
+        elif left >= 0:
             block &= key >= position - left
-        if right >= 0:
+        if mask is None and right >= 0:
             block &= key <= position + right
         sees[q0:q1, k0:k1] = block
     return sees
@@ -120,6 +128,7 @@ def dense_attention(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    mask: Mask | str | None = None,
     cu_seqlens_q: Bounds | None = None,
     cu_seqlens_k: Bounds | None = None,
     mods: Mods = Mods(),
@@ -143,7 +152,7 @@ def dense_attention(
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     documents = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     tq, tk = q.shape[1], k.shape[1]
-    sees = visible(tq, tk, causal=causal, window_size=window_size, **documents)
+    sees = visible(tq, tk, causal=causal, window_size=window_size, mask=mask, **documents)
     far = distances(tq, tk, **documents)
     out, lse = _dense_batch(q, k, v, softmax_scale, sees, far, mods)
     return (out[0], lse[0]) if packed else (out, lse)

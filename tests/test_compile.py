@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
 
 import nnscaler_ring
 from nnscaler_ring import wrap_ring_attn_func, wrap_ring_attn_varlen_func, wrap_zigzag_attn_func
+from nnscaler_ring.masks import Chunks, Prefix
 from tests.oracle import make_dout, make_qkv
 
 NAMES = ("ring", "zigzag", "varlen")
@@ -27,7 +28,9 @@ TOKENS = 8  # of each rank
 def attend(name: str, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, **options: Any) -> Tensor:
     """A public op on [1, tokens, heads, head_dim]."""
     if name == "varlen":
-        out = wrap_ring_attn_varlen_func(q[0], k[0], v[0], cu, cu, causal=True, **options)
+        if "mask" not in options:
+            options["causal"] = True
+        out = wrap_ring_attn_varlen_func(q[0], k[0], v[0], cu, cu, **options)
         return out[None]
     function = wrap_ring_attn_func if name == "ring" else wrap_zigzag_attn_func
     return function(q, k, v, **options)
@@ -68,7 +71,8 @@ def compare_with_eager(ranks: list[int], kind: str) -> None:
         "dropout_p": 0.2,
         "dropout_seed": 3,
     }
-    for name, more in itertools.product(NAMES, ({}, window, options)):
+    mask = {"mask": Chunks(3) | Prefix(2)}
+    for name, more in itertools.product(NAMES, ({}, window, mask, options)):
 
         def model(q: Tensor, k: Tensor, v: Tensor, name: str = name, more: Any = more) -> Tensor:
             return attend(name, 2 * q, k, v, cu, process_group=group, **more) * 3

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,9 +31,6 @@ class AttentionShape:
     """Heads, head dims, dtype, batch and device of q, k and v.
 
     A *row* is one token of one batch entry's tensors, all heads; all figures count the whole batch.
-
-    Raises:
-        ValueError: a number below 1, heads that the KV heads do not divide, an unknown dtype.
     """
 
     num_heads: int
@@ -43,29 +41,18 @@ class AttentionShape:
     batch: int = 1
     device_type: str = "cpu"
 
-    def __post_init__(self) -> None:
-        for name in ("num_heads", "num_kv_heads", "head_dim", "v_head_dim", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}."
-            )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {(*DTYPES,)}, got {self.dtype!r}.")
-
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Self:
         """Of tensors [batch, tokens, heads, head_dim], or packed ones without batch."""
-        return cls(
-            q.shape[-2],
-            k.shape[-2],
-            q.shape[-1],
-            v.shape[-1],
-            NAMES[q.dtype],
-            1 if q.dim() == 3 else q.shape[0],
-            q.device.type,
-        )
+        *batch, _, num_heads, head_dim = q.shape
+        heads = num_heads, k.shape[-2], head_dim, v.shape[-1]
+        return cls._made(*heads, NAMES[q.dtype], batch[0] if batch else 1, q.device.type)
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def _made(cls, *values: Any) -> Self:
+        """Made once: a model makes the same call in every layer."""
+        return cls(*values)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -12,7 +12,22 @@ SHORT_NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16":
 
 
 class Sizes(AttentionShape):
-    """Heads, head dims, batch and dtype of one attention layer, and the bytes that it sends."""
+    """Heads, head dims, batch and dtype of one attention layer, and the bytes that it sends.
+
+    Raises:
+        ValueError: a number below 1, heads that the KV heads do not divide, an unknown dtype.
+    """
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_kv_heads", "head_dim", "v_head_dim", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}."
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {(*DTYPES,)}, got {self.dtype!r}.")
 
     def sent_bytes(self, sent: Sent) -> SentBytes:
         """What an exchange's plan says that it sends, in bytes."""

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from nnscaler_ring.hf.cache import attend_to_layer, layer_of
 from nnscaler_ring.hf.sharding import SETTINGS, RingSettings, Sharding
+from nnscaler_ring.masks import Chunks
 from nnscaler_ring.ring_attn import wrap_ring_attn_func
 from nnscaler_ring.ring_attn_varlen import wrap_ring_attn_varlen_func
 from nnscaler_ring.zigzag_attn import wrap_zigzag_attn_func
@@ -103,17 +104,21 @@ def ring_attention(
             f"{k.shape[1]} keys: a cache beside a sharded batch, or cross attention; pass "
             "use_cache=False, or see nnscaler_ring.hf.RingCache."
         )
+    if chunked:
+        assert settings.chunk_size is not None
+        del scores["window_size"]
+        scores["mask"] = Chunks(settings.chunk_size)
+    else:
+        scores["causal"] = True
     options: dict[str, Any] = {
         **scores,
-        "causal": True,
         "dropout_p": float(dropout),
         "process_group": settings.process_group,
         "exchange": settings.exchange,
         "shard_lens": ring_sharding.shard_lens,
     }
-    documents = ring_sharding.chunk_cu_seqlens if chunked else ring_sharding.cu_seqlens
-    if documents is not None:
-        return _packed(q, k, v, documents, options), None
+    if ring_sharding.cu_seqlens is not None:
+        return _packed(q, k, v, ring_sharding.cu_seqlens, options), None
     if ring_sharding.layout == "zigzag":
         return wrap_zigzag_attn_func(q, k, v, layout="zigzag", **options), None  # type: ignore[return-value]
     return wrap_ring_attn_func(q, k, v, **options), None  # type: ignore[return-value]

@@ -76,7 +76,7 @@ def apply_ring_attention(
     _check_choice("packed_layout", packed_layout, PACKED_LAYOUTS)
     _check_choice("exchange", exchange, tuple(EXCHANGES))
     inner = transformers_model(model)
-    attention = check_model(inner, layout)
+    attention = check_model(inner)
     settings = RingSettings(
         process_group=process_group,
         # Also makes a group that does not exist yet, before anything is compiled.

@@ -55,8 +55,6 @@ class Sharding:
         rows: int64 [tokens of this rank], on the CPU: where they stand in the whole sequence.
         cu_seqlens: for packed sequences, one tensor per batch row, int32 on the CPU: where its
             documents begin, and the total; None where every row is one document.
-        chunk_cu_seqlens: the same, with every document cut into the model's attention chunks; None
-            where the model has none.
         last_position: the largest position id of the whole batch.
     """
 
@@ -64,7 +62,6 @@ class Sharding:
     shard_lens: tuple[int, ...]
     rows: Tensor
     cu_seqlens: tuple[Tensor, ...] | None
-    chunk_cu_seqlens: tuple[Tensor, ...] | None
     last_position: int
 
     def __deepcopy__(self, memo: object) -> Sharding:

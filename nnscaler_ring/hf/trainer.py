@@ -206,6 +206,11 @@ def _check_arguments(args: Any, given: dict[str, Any]) -> None:
     for name, (is_set, reason) in refused.items():
         if is_set:
             raise ValueError(f"{name} is not supported over sharded sequences: {reason}.")
+    if dist.is_initialized() and args.world_size != dist.get_world_size():
+        raise ValueError(
+            f"the arguments must know of all {dist.get_world_size()} ranks, got world_size="
+            f"{args.world_size}: each would train alone; without GPUs pass use_cpu=True."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"every process must have one GPU, got {args.n_gpu} in one; start one process per GPU "

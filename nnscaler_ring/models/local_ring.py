@@ -18,9 +18,9 @@ from torch import Tensor
 from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import GradientStep, Keys
 from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors, Problem, select_kernel
-from nnscaler_ring.core.op.checks import check_dropout_p, check_mask, check_qkv, check_scale
+from nnscaler_ring.core.op.checks import check_dropout_p, check_qkv, check_scale, check_window
 from nnscaler_ring.core.plan.layout import Contiguous
-from nnscaler_ring.core.plan.schedule import Mask, Schedule
+from nnscaler_ring.core.plan.schedule import Mask, Schedule, Window
 from nnscaler_ring.core.plan.span import even_edges, even_lens
 from nnscaler_ring.core.scores.dropout import Dropout, seed_tensor
 from nnscaler_ring.core.scores.scores import Scores
@@ -57,7 +57,7 @@ def local_ring_attention(
     if chunks < 1:
         raise ValueError(f"chunks must be at least 1, got {chunks}.")
     check_qkv(q, k, v, packed=False)
-    mask = check_mask(causal, (-1 if window is None else window, -1))
+    mask = check_window(causal, (-1 if window is None else window, -1))
     out: Tensor = _LocalRing.apply(
         q, k, v, chunks, mask.left, mask.right, check_dropout_p(dropout_p)
     )
@@ -77,7 +77,7 @@ class _LocalRing(torch.autograd.Function):
         dropout_p: float,
     ) -> Tensor:
         # A mask in two numbers, as nnScaler's tracer takes no other objects.
-        ring = _Ring(q, k, v, chunks, Mask(left, right), dropout_p)
+        ring = _Ring(q, k, v, chunks, Window(left, right), dropout_p)
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         lse = []
         for block, rows in enumerate(ring.rows):

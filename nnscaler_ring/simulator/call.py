@@ -10,8 +10,9 @@ from torch import Tensor
 from nnscaler_ring.core.exchange import EXCHANGES, USUAL, Cut, Program
 from nnscaler_ring.core.op.checks import check_cu_seqlens_values, check_shard_lens
 from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments, SequenceLayout
-from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, Rows, Schedule
+from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, Rows, Schedule, Window
 from nnscaler_ring.core.plan.span import even_lens
+from nnscaler_ring.core.plan.tile import UNBOUNDED
 from nnscaler_ring.core.sizes import Sizes
 from nnscaler_ring.core.token_index import token_index
 
@@ -23,7 +24,7 @@ class SimulatedCall:
     Args:
         tokens: of the whole sequence.
         sizes: heads, head dims, batch and dtype.
-        mask: in tokens; `Mask.from_window(causal, window_size)` takes the public arguments.
+        mask: in tokens; `Window.from_window(causal, window_size)` takes the public arguments.
         q_layout: how queries are spread over the ranks: a name in `LAYOUTS`, or any layout.
         k_layout: likewise for keys and values; None: as the queries.
         exchange: a name in `EXCHANGES`.
@@ -103,3 +104,14 @@ class SimulatedCall:
         if self.cu_seqlens is None:
             return layout
         return PackedDocuments(layout, self.cu_seqlens, self.cu_seqlens)
+
+
+def sides_of(mask: Mask) -> dict[str, int | str | None]:
+    """How far a query sees to either side, in tokens; None is without a bound.
+
+    Of a mask that is no window, its text.
+    """
+    if not isinstance(mask, Window):
+        return {"text": mask.text}
+    sides = {"left": mask.left, "right": mask.right}
+    return {side: None if n == UNBOUNDED else n for side, n in sides.items()}

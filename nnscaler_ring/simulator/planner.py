@@ -16,7 +16,7 @@ from typing import Any
 from nnscaler_ring.core.exchange import Sent
 from nnscaler_ring.core.plan.schedule import Mask
 from nnscaler_ring.core.sizes import SentBytes, Sizes
-from nnscaler_ring.simulator.call import SimulatedCall
+from nnscaler_ring.simulator.call import SimulatedCall, sides_of
 from nnscaler_ring.simulator.cluster import Cluster
 from nnscaler_ring.simulator.memory import KernelTraits, Memory, predict_memory, traits_of
 from nnscaler_ring.simulator.timeline import (
@@ -110,9 +110,9 @@ class Plan:
     advice: str
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; bytes, seconds and tokens."""
+        """Plain values; bytes, seconds and tokens; a side of the mask without a bound is null."""
         return {
-            "job": asdict(self.job),
+            "job": asdict(self.job) | {"mask": sides_of(self.job.mask)},
             "cluster": self.cluster.to_json(),
             "strategies": [_strategy_json(s) for s in self.strategies],
             "recommended": self.recommended and _strategy_json(self.recommended),
@@ -287,21 +287,28 @@ def _reason(total: int, available: float, smallest: int | None) -> str:
     need = f"needs {gigabytes(total)} per rank, has {gigabytes(available)}"
     if smallest is None:
         return f"{need}; no number of ranks up to {MOST_RANKS} is enough"
-    return f"{need}; {smallest} ranks would do"
+    return f"{need}; {counted(smallest, 'rank')} would do"
 
 
 def _advice(job: Job, strategies: tuple[StrategyPlan, ...], best: StrategyPlan | None) -> str:
     if best:
-        fewest = f"{best.smallest_ranks} ranks would be enough memory"
-        return f"{best.layout} layout, exchange={best.exchange!r}, {job.ranks} ranks; {fewest}."
+        assert best.smallest_ranks is not None, best
+        fewest = f"{counted(best.smallest_ranks, 'rank')} would be enough memory"
+        ranks = counted(job.ranks, "rank")
+        return f"{best.layout} layout, exchange={best.exchange!r}, {ranks}; {fewest}."
     enough = [s.smallest_ranks for s in strategies if s.smallest_ranks is not None]
-    remedies = [f"use at least {min(enough)} ranks"] if enough else []
+    remedies = [f"use at least {counted(min(enough), 'rank')}"] if enough else []
     if job.backward and not job.recompute:
         remedies.append("recompute layers (--recompute)")
     if job.reserve_bytes:
         remedies.append("reserve less")
     remedies.append("shard the heads or layers over other devices")
     return f"Nothing fits: {', or '.join(remedies)}."
+
+
+def counted(number: int, what: str) -> str:
+    """1 rank, 2 ranks, 1,000,000 tokens."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def gigabytes(size: float) -> str:

@@ -13,8 +13,9 @@ import torch
 
 from nnscaler_ring import __version__
 from nnscaler_ring.core.device import device_name
+from nnscaler_ring.core.plan.masks import Window
 from nnscaler_ring.core.plan.tile import UNBOUNDED
-from nnscaler_ring.simulator.call import SimulatedCall
+from nnscaler_ring.simulator.call import SimulatedCall, sides_of
 from nnscaler_ring.simulator.cluster import Cluster
 from nnscaler_ring.simulator.inputs import GeneratedInputs
 from nnscaler_ring.simulator.memory import KernelTraits, predict_memory, traits_of
@@ -142,7 +143,7 @@ def _run(
 def _error(simulator: RingAttentionSimulator, out: torch.Tensor, row: int, token: int) -> float:
     """Of one result row, against float64 over all keys that it sees."""
     call = simulator.call
-    left, right = (None if x == UNBOUNDED else x for x in (call.mask.left, call.mask.right))
+    left, right = (None if x == UNBOUNDED else x for x in _sides(call))
     first = 0 if left is None else max(0, token - left)
     last = call.tokens if right is None else min(call.tokens, token + right + 1)
     exact, _ = exact_rows(
@@ -211,9 +212,20 @@ def small_copy(call: SimulatedCall, tokens: int = MASK_TOKENS) -> SimulatedCall:
     def shrunk(n: int) -> int:
         return n if n in (0, UNBOUNDED) else max(1, n * tokens // call.tokens)
 
-    mask = replace(call.mask, left=shrunk(call.mask.left), right=shrunk(call.mask.right))
+    left, right = map(shrunk, _sides(call))
+    mask = Window(left, right)
     cu = call.cu_seqlens and tuple(n * tokens // call.tokens for n in call.cu_seqlens)
     return replace(call, tokens=tokens, mask=mask, cu_seqlens=cu, shard_lens=None)
+
+
+def _sides(call: SimulatedCall) -> tuple[int, int]:
+    """How far a query sees to either side."""
+    if not isinstance(call.mask, Window):
+        raise ValueError(
+            f"mask of a recorded simulation must be a Window, got {call.mask}; "
+            "RingAttentionSimulator computes every mask."
+        )
+    return call.mask.left, call.mask.right
 
 
 def _call_json(call: SimulatedCall) -> dict[str, Any]:
@@ -221,9 +233,7 @@ def _call_json(call: SimulatedCall) -> dict[str, Any]:
         name: getattr(call, name)
         for name in ("tokens", "ranks", "q_layout", "k_layout", "exchange", "cu_seqlens")
     }
-    sides = {"left": call.mask.left, "right": call.mask.right}
-    mask = {side: None if n == UNBOUNDED else n for side, n in sides.items()}
-    return {**fields, "mask": mask, "sizes": asdict(call.sizes)}
+    return {**fields, "mask": sides_of(call.mask), "sizes": asdict(call.sizes)}
 
 
 def _timeline_json(timeline: Timeline) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from nnscaler_ring import traffic, wrap_ring_attn_func, wrap_zigzag_attn_func
 from nnscaler_ring.core.device import device_name
 from nnscaler_ring.core.kernels import BackwardTensors, select_kernel
-from nnscaler_ring.core.plan.schedule import Mask
+from nnscaler_ring.core.plan.schedule import Window
 from nnscaler_ring.core.plan.tile import Tile, trim
 from nnscaler_ring.core.ranks.groups import find_place, group_string
 from nnscaler_ring.core.ranks.transport import Message, Transport
@@ -55,7 +55,7 @@ class Case:
 
     tokens: int
     layout: str
-    mask: Mask
+    mask: Window
     exchange: str = "direct"
     dtype: str = "float32"
     kv_heads: int = HEADS
@@ -77,7 +77,7 @@ class Case:
         )
 
 
-CAUSAL, FULL = Mask(right=0), Mask()
+CAUSAL, FULL = Window(right=0), Window()
 CASES = (
     Case(4096, "zigzag", CAUSAL),
     Case(8192, "zigzag", CAUSAL),
@@ -90,8 +90,8 @@ CASES = (
     Case(8192, "contiguous", CAUSAL),
     Case(8192, "contiguous", FULL),
     Case(8192, "contiguous", FULL, exchange="ring"),
-    Case(16384, "contiguous", Mask(1024, 0)),
-    Case(16384, "zigzag", Mask(2048, 0)),
+    Case(16384, "contiguous", Window(1024, 0)),
+    Case(16384, "zigzag", Window(2048, 0)),
 )
 
 

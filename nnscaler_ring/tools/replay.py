@@ -24,7 +24,7 @@ from nnscaler_ring.core.engine import attention_backward, attention_forward
 from nnscaler_ring.core.exchange import Performance, Program
 from nnscaler_ring.core.exchange.program import Post, Receive, performed
 from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors, Problem, select_kernel
-from nnscaler_ring.core.plan.schedule import Mask
+from nnscaler_ring.core.plan.schedule import Window
 from nnscaler_ring.core.plan.tile import UNBOUNDED
 from nnscaler_ring.core.ranks.groups import Place, Traffic
 from nnscaler_ring.core.scores.scores import Scores
@@ -87,7 +87,7 @@ class Case:
             self.tokens,
             ranks,
             sizes,
-            Mask(left, 0),
+            Window(left, 0),
             q_layout="zigzag" if balanced else "contiguous",
             cu_seqlens=(0, *sorted(cuts), self.tokens) if cuts else None,
         )

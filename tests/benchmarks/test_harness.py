@@ -11,7 +11,7 @@ from benchmarks import harness, memory, rows, sent_bytes, speed, table
 from benchmarks.processes import Processes, Worker, WorkerError
 from benchmarks.work import OPS, Work, context_parallel, gather, held_tokens, layout_of, sdpa
 from nnscaler_ring.core.plan.layout import PackedDocuments, SequenceLayout
-from nnscaler_ring.core.plan.schedule import Mask, Schedule, row_count
+from nnscaler_ring.core.plan.schedule import Schedule, Window, row_count
 
 MIB = 2**20
 
@@ -127,7 +127,7 @@ def test_the_lower_bound_agrees_with_the_schedule(op: str, work: Work):
     if work.documents > 1:
         cu = tuple(work.cu_seqlens().tolist())
         layout = PackedDocuments(layout, cu, cu)
-    mask = Mask.from_window(work.causal, (-1 if work.window is None else work.window, -1))
+    mask = Window.from_window(work.causal, (-1 if work.window is None else work.window, -1))
     schedule = Schedule(layout, layout, mask)
     row_bytes = 2 * 64 * 4
     assert sent_bytes.needed_bytes(work, op, 3) == [

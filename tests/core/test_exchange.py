@@ -18,7 +18,7 @@ from nnscaler_ring.core.kernels import BackwardTensors
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
 from nnscaler_ring.core.plan.layout import LAYOUTS
-from nnscaler_ring.core.plan.schedule import CAUSAL, Mask, PairWork, Schedule, row_count
+from nnscaler_ring.core.plan.schedule import CAUSAL, PairWork, Schedule, Window, row_count
 from nnscaler_ring.core.ranks.groups import Traffic, find_place, group_state, group_string
 from nnscaler_ring.core.ranks.transport import Transport
 from nnscaler_ring.core.scores.scores import Scores
@@ -399,7 +399,7 @@ def test_a_window_over_long_shards_is_not_cut_into_crumbs(keys, left):
     """It used to travel in as many messages as the whole shard would: 512 here."""
     tokens = 1 << 20
     layout = LAYOUTS["contiguous"].for_shards((tokens,) * 3)
-    schedule = Schedule(layout, layout, Mask(left, 0))
+    schedule = Schedule(layout, layout, Window(left, 0))
     rounds = rounds_of(schedule, 1, keys)
     lengths = [row_count(x.incoming.rows) for x in rounds if x.incoming.rows]
     assert sum(lengths) == left

@@ -40,7 +40,7 @@ def compare(
     whole = ARCHITECTURES[name].build(dense_attention.NAME).eval()
     expected = generated(whole, sampled)
     model = ARCHITECTURES[name].build("eager").eval()
-    apply_ring_attention(model, ranks, layout="contiguous" if name == "llama4" else "zigzag")
+    apply_ring_attention(model, ranks)
     cache = RingCache(model)
     if prefill:
         cache.prefill(model, prompts())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.exchange import EXCHANGES as REGISTERED
+from nnscaler_ring.masks import Chunks, Window
 from tests.nnscaler.models import OneCall
 from tests.nnscaler.plans import DENSE_DIMS, PACKED_DIMS, PLANS, Plan, split
 from tests.nnscaler.runtime import nnscaler_ranks, parallelize
@@ -31,7 +32,10 @@ MASKS: tuple[dict[str, Any], ...] = (
     {"causal": False},
     {"causal": True, "window_size": (9, -1)},
     {"causal": False, "window_size": (3, 6)},
+    {"mask": str(Chunks(7) | Window(left=2, right=0))},
 )
+WINDOWS = range(len(MASKS) - 1)
+"""Those that every plan is tried with."""
 HEADS = ((4, 4), (4, 2), (4, 1), (8, 4))
 EXCHANGES = tuple(REGISTERED)
 OPTIONS = {"softcap": 2.0, "dropout_p": 0.3, "dropout_seed": 5}
@@ -95,7 +99,7 @@ class Case:
 
 def all_cases(world_size: int) -> Iterator[Case]:
     """Every op under every plan that it has the dimensions for, on as many ranks."""
-    product = itertools.product(OPS, PLANS, range(len(MASKS)), HEADS, EXCHANGES, (False, True))
+    product = itertools.product(OPS, PLANS, WINDOWS, HEADS, EXCHANGES, (False, True))
     for seed, (op, plan, mask, heads, exchange, return_lse) in enumerate(product):
         kinds = [kind for kind, _ in plan.steps]
         if plan.world_size != world_size or (op == "varlen" and "batch" in kinds):
@@ -112,6 +116,15 @@ def sample(world_size: int, seed: int) -> list[Case]:
     for case in all_cases(world_size):
         cells.setdefault((case.op, case.plan, case.mask), []).append(case)
     return [rng.choice(cell) for cell in cells.values()]
+
+
+def sample_of_masks(world_size: int) -> list[Case]:
+    """For every op one plan, with a mask that is no window."""
+    of_op: dict[str, Case] = {}
+    for case in all_cases(world_size):
+        if any(kind == "sequence" for kind, _ in case.plan.steps):
+            of_op.setdefault(case.op, replace(case, mask=len(MASKS) - 1))
+    return list(of_op.values())
 
 
 def sample_of_everything(world_size: int, seed: int) -> list[Case]:

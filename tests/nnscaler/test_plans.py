@@ -2,7 +2,14 @@
 
 import pytest
 
-from tests.nnscaler.calls import OPS, all_cases, check, sample, sample_of_everything
+from tests.nnscaler.calls import (
+    OPS,
+    all_cases,
+    check,
+    sample,
+    sample_of_everything,
+    sample_of_masks,
+)
 from tests.ranks import RankPool
 
 
@@ -14,6 +21,12 @@ def test_two_ranks(two_ranks: RankPool, op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_four_ranks(four_ranks: RankPool, op: str) -> None:
     check(four_ranks, [case for case in sample(4, seed=2) if case.op == op])
+
+
+def test_masks_go_into_plans_as_text(two_ranks: RankPool) -> None:
+    cases = sample_of_masks(2)
+    assert {case.op for case in cases} == set(OPS)
+    check(two_ranks, cases)
 
 
 def test_all_options_on_two_ranks(two_ranks: RankPool) -> None:

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.plan.layout import LAYOUTS
-from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Mask, Schedule
+from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Mask, Schedule, Window
 from nnscaler_ring.simulator import SimulatedCall, Sizes
 from nnscaler_ring.simulator.cluster import cluster_names, load_cluster
 from nnscaler_ring.simulator.memory import KernelTraits, predict_memory
@@ -28,7 +28,7 @@ def job(**changes: object) -> Job:
     return Job(**(values | changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("mask", [CAUSAL, FULL, Mask(4096, 0)], ids=str)
+@pytest.mark.parametrize("mask", [CAUSAL, FULL, Window(4096, 0)], ids=str)
 def test_a_billion_tokens_on_a_thousand_ranks_in_no_time(mask: Mask) -> None:
     start = time.process_time()
     result = plan(job(tokens=BILLION, ranks=1000, layers=32, mask=mask), H200)
@@ -43,7 +43,7 @@ def test_a_billion_tokens_on_a_thousand_ranks_in_no_time(mask: Mask) -> None:
 def test_work_is_that_of_the_whole_matrix() -> None:
     """FLOPs come from the tiles: all ranks together compute every visible pair once."""
     for layout in ("contiguous", "zigzag", "striped"):
-        for mask in (CAUSAL, FULL, Mask(100, 7)):
+        for mask in (CAUSAL, FULL, Window(100, 7)):
             call = SimulatedCall(1003, 5, GQA, mask, layout)
             pairs = sum(rank_work(call, rank, backward=False).pairs() for rank in range(5))
             whole = Schedule(*[LAYOUTS[layout].for_shards([1003])] * 2, mask).tiles(0, (0,))
@@ -53,7 +53,7 @@ def test_work_is_that_of_the_whole_matrix() -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("mask", [CAUSAL, FULL, Mask(700, 0), Mask(700, 300)], ids=str)
+@pytest.mark.parametrize("mask", [CAUSAL, FULL, Window(700, 0), Window(700, 300)], ids=str)
 def test_alike_distances_are_alike(layout: str, mask: Mask) -> None:
     """The shortcut of plans finds the same work and rows as going through every message."""
     call = SimulatedCall(32_000, 40, GQA, mask, layout)
@@ -67,7 +67,7 @@ def test_alike_distances_are_alike(layout: str, mask: Mask) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("exchange", ["direct", "ring"])
-@pytest.mark.parametrize("mask", [CAUSAL, Mask(3000, 0)], ids=str)
+@pytest.mark.parametrize("mask", [CAUSAL, Window(3000, 0)], ids=str)
 def test_memory_of_few_ranks_stands_for_many(layout: str, exchange: str, mask: Mask) -> None:
     """Note [A plan's shortcuts]: against the ledger over all 24 ranks."""
     wanted = job(tokens=24 * 8192, ranks=24, layers=1, mask=mask)
@@ -112,7 +112,7 @@ def test_recommends_balance_for_causal_and_neighbours_for_windows() -> None:
     causal = plan(job(tokens=1 << 20, ranks=8), H200).recommended
     assert causal is not None
     assert (causal.layout, causal.exchange) == ("zigzag", "direct")
-    window = plan(job(tokens=1 << 20, ranks=8, mask=Mask(4096, 0)), H200)
+    window = plan(job(tokens=1 << 20, ranks=8, mask=Window(4096, 0)), H200)
     assert window.recommended is not None
     assert window.recommended.exchange == "direct"
     direct, ring, _ = (s for s in window.strategies if s.layout == "contiguous")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Mask
+from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Mask, Window
 from nnscaler_ring.simulator import (
     GeneratedInputs,
     RingAttentionMemoryProfiler,
@@ -65,7 +65,7 @@ def test_prediction_is_within_5_percent(exchange: str, dtype: str, backward: boo
 
 
 def test_prediction_of_a_window() -> None:
-    window = Mask(300, 0)
+    window = Window(300, 0)
     for ranks in (1, 3):
         profiler(ranks, 0, mask=window).profile()  # makes the masks that the kernel keeps
         measured = profiler(ranks, 0, mask=window).profile()
@@ -91,7 +91,7 @@ def test_score_matrices_are_seen() -> None:
     assert usage["temp_scores_memory"] >= 2 * 256 * 256 * 4
 
 
-@pytest.mark.parametrize(("mask", "backward"), [(CAUSAL, False), (Mask(700, 0), True)], ids=str)
+@pytest.mark.parametrize(("mask", "backward"), [(CAUSAL, False), (Window(700, 0), True)], ids=str)
 def test_memory_per_rank_falls_as_one_over_ranks(mask: Mask, backward: bool) -> None:
     """The plan document's problem 3, and its first criterion: O(n / ring_size)."""
     peaks = []

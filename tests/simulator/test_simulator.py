@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core.plan.layout import LAYOUTS
-from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Mask
+from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Window
 from nnscaler_ring.core.token_index import token_index
 from nnscaler_ring.simulator import (
     GeneratedInputs,
@@ -19,6 +19,7 @@ from nnscaler_ring.simulator import (
     WholeInputs,
 )
 from tests.cases import EXCHANGES, Case, all_cases, run_case, sample
+from tests.masks import examples
 from tests.oracle import dense_gradients, make_dout, make_qkv
 from tests.ranks import RankPool
 from tests.tolerances import assert_close_float64
@@ -44,7 +45,7 @@ def simulated(case: Case, dtype: str) -> RingAttentionSimulator:
         tokens=q.shape[1],
         ranks=case.world_size,
         sizes=sizes,
-        mask=Mask.from_window(case.causal, case.window_size),
+        mask=Window.from_window(case.causal, case.window_size),
         q_layout=q_layout,
         k_layout=k_layout,
         exchange=case.exchange,
@@ -128,7 +129,7 @@ def test_many_ranks_equal_dense_attention(ranks: int, exchange: str) -> None:
     for q_layout, mask, window in (
         ("zigzag", CAUSAL, (-1, 0)),
         ("contiguous", FULL, (-1, -1)),
-        ("striped", Mask(left=rng.randint(5, 40), right=0), None),
+        ("striped", Window(left=rng.randint(5, 40), right=0), None),
     ):
         window = window or (mask.left, 0)
         call = SimulatedCall(
@@ -138,6 +139,21 @@ def test_many_ranks_equal_dense_attention(ranks: int, exchange: str) -> None:
         dense = dense_gradients(q, k, v, dout, window_size=window)
         for name, ours, expected in zip(NAMES, results, dense, strict=False):
             assert_close_float64(ours, expected, f"{name}, {q_layout}, {exchange}")
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_masks_and_layouts_equal_dense_attention(exchange: str) -> None:
+    """Examples of every kind of mask over simulated ranks, also in folded documents."""
+    q, k, v = make_qkv(3, 1, 48, 48, 6, 2, 4)
+    dout = make_dout(3, q, v)
+    sizes = Sizes(6, 2, 4, 4, "float64")
+    for number, mask in enumerate(examples()):
+        layout = [*LAYOUTS][number % len(LAYOUTS)]
+        call = SimulatedCall(48, 5, sizes, mask, layout, exchange=exchange)
+        results = RingAttentionSimulator(call, WholeInputs(q, k, v, dout)).all_ranks(backward=True)
+        dense = dense_gradients(q, k, v, dout, mask=mask)
+        for name, ours, expected in zip(NAMES, results, dense, strict=False):
+            assert_close_float64(ours, expected, f"{name}, {mask}, {layout}, {exchange}")
 
 
 @pytest.mark.parametrize("exchange", ["direct", "ring", "all_gather"])

@@ -21,6 +21,7 @@ from nnscaler_ring.core.scores.dropout import DropoutSeed, seed_tensor
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.plan.dilation import HeadOffsets
+    from nnscaler_ring.core.plan.masks import Mask
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
 
 
@@ -35,6 +36,7 @@ def context_parallel_attention(
     softmax_scale: float | None,
     causal: bool,
     window_size: tuple[int, int],
+    mask: Mask | str | None,
     process_group: ProcessGroupLike | None,
     return_lse: bool,
     shard_lens: Sequence[int] | None,
@@ -69,7 +71,7 @@ def context_parallel_attention(
             return_attn_probs=return_attn_probs,
         )
         checks.check_qkv(q, k, v, packed=packed)
-        mask = checks.check_mask(causal, window_size)
+        mask_text = checks.check_mask(mask, causal, window_size, causal_default=not packed)
         scale = checks.check_scale(softmax_scale, q.shape[-1])
         softcap = checks.check_softcap(softcap)
         checks.check_alibi_slopes(alibi_slopes, q)
@@ -96,8 +98,7 @@ def context_parallel_attention(
         compute_layout=caller_layout if group == ALONE else compute_layout,
         compute_len=compute_len,
         softmax_scale=scale,
-        left=mask.left,
-        right=mask.right,
+        mask=mask_text,
         softcap=softcap,
         bias_gradient=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
         dropout_p=dropout_p,
@@ -149,7 +150,7 @@ def dilated_attention(
             return_attn_probs=False,
         )
         checks.check_qkv(q, k, v, packed=False)
-        checks.check_mask(causal, (-1, -1))
+        checks.check_window(causal, (-1, -1))
         scale = checks.check_scale(softmax_scale, q.shape[-1])
         segments, rates = checks.check_branches(segment_lengths, dilation_rates)
         offsets = checks.check_head_offsets(head_offsets, k.shape[-2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from operator import sub
 from typing import Any
 from zlib import crc32
 
@@ -13,8 +14,10 @@ from nnscaler_ring.core.exchange import EXCHANGES, Program
 from nnscaler_ring.core.op.checks import check_cu_seqlens_values
 from nnscaler_ring.core.op.documents import Documents, cu_seqlens_of
 from nnscaler_ring.core.plan.layout import LAYOUTS, PackedDocuments, SequenceLayout
+from nnscaler_ring.core.plan.masks import mask_of
 from nnscaler_ring.core.plan.moves import Moves, plan_moves
-from nnscaler_ring.core.plan.schedule import Mask, Schedule
+from nnscaler_ring.core.plan.schedule import Schedule
+from nnscaler_ring.core.shape import AttentionShape
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,9 @@ class Call:
     block_order: tuple[int, ...]
     shard_lens: tuple[int, ...]
     shard_lens_k: tuple[int, ...]
-    batch: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    v_head_dim: int
-    dtype: torch.dtype
-    device_type: str
+    shape: AttentionShape
     softmax_scale: float
-    mask: Mask
+    mask: str
     softcap: float
     alibi_slopes: tuple[int, ...] | None
     bias: tuple[object, ...] | None
@@ -75,7 +72,14 @@ class RelayoutCall:
 
 def describe(call: Any) -> dict[str, str]:
     """Field by field, for the ranks to compare and for people to read."""
-    return {f.name: _text(getattr(call, f.name)) for f in fields(call)}
+    described: dict[str, str] = {}
+    for f in fields(call):
+        value = getattr(call, f.name)
+        if isinstance(value, AttentionShape):
+            described |= {**describe(value), "dtype": str(value.torch_dtype)}
+        else:
+            described[f.name] = _text(value)
+    return described
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,9 @@ def plan_call(call: Call, block: int) -> Plan:
     if cu_q is not None and cu_k is not None:
         queries = PackedDocuments(queries, cu_q, cu_k)
         keys = PackedDocuments(keys, cu_k, cu_k)
-    schedule = Schedule(queries, keys, call.mask)
+    mask = mask_of(call.mask)
+    mask.check(_lengths(cu_q, cu_k, call))
+    schedule = Schedule(queries, keys, mask)
     program = EXCHANGES[call.exchange].program(schedule, block)
     return Plan(schedule, program, moves_in, moves_out, tag_of(call))
 
@@ -151,6 +157,16 @@ def tag_of(call: object) -> int:
     """A number that is the same on all ranks of a call."""
     # Python's own hash differs from process to process.
     return crc32(repr(call).encode())
+
+
+def _lengths(
+    cu_q: tuple[int, ...] | None, cu_k: tuple[int, ...] | None, call: Call
+) -> list[tuple[int, int]]:
+    """(queries, keys) of every document."""
+    if cu_q is None or cu_k is None:
+        return [(sum(call.shard_lens), sum(call.shard_lens_k))]
+    lens_q, lens_k = (map(sub, cu[1:], cu) for cu in (cu_q, cu_k))
+    return list(zip(lens_q, lens_k, strict=True))
 
 
 def _check_layout(name: str, argument: str, layout: SequenceLayout, lens: tuple[int, ...]) -> None:

@@ -13,8 +13,8 @@ from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.kernels import KERNELS, WHOLE_OPS
 from nnscaler_ring.core.op.taken_tensors import check_taken, warn_of_heads_first
 from nnscaler_ring.core.plan.dilation import GROUPINGS, HeadOffsets
-from nnscaler_ring.core.plan.schedule import Mask
-from nnscaler_ring.core.plan.tile import UNBOUNDED
+from nnscaler_ring.core.plan.masks import Mask, Window
+from nnscaler_ring.core.plan.masks.window import sides_of, window_text
 from nnscaler_ring.core.scores.dropout import DropoutSeed
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -63,8 +63,37 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> None:
     warn_of_heads_first(q)
 
 
-def check_mask(causal: bool, window_size: tuple[int, int]) -> Mask:
+def check_mask(
+    mask: Mask | str | None, causal: bool, window_size: tuple[int, int], *, causal_default: bool
+) -> str:
+    """The text of the mask: of `mask`, or of `causal` and `window_size`.
+
+    `causal_default`: what the public function has where causal is left out.
+    """
+    left, right = _check_sides(causal, window_size)
+    if mask is None:
+        return window_text(left, right)
+    if not isinstance(mask, (Mask, str)):
+        raise TypeError(
+            "mask must be a mask such as nnscaler_ring.masks.Chunks(8192), its text, or None, got "
+            f"{type(mask).__name__}."
+        )
+    if causal is not causal_default or tuple(window_size) != (-1, -1):
+        raise ValueError(
+            "mask must be None where causal or window_size is given, got "
+            f"mask={mask}, causal={causal}, window_size={tuple(window_size)}; the mask says "
+            "all: leave both out, and combine masks with & or |."
+        )
+    return mask if isinstance(mask, str) else mask.text
+
+
+def check_window(causal: bool, window_size: tuple[int, int]) -> Window:
     """The mask of `causal` and `window_size`."""
+    return Window(*_check_sides(causal, window_size))
+
+
+def _check_sides(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    """How far a query sees to the left and to the right, UNBOUNDED for all the way."""
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False, got {causal!r}.")
     if not isinstance(window_size, Sequence) or not all(_is_int(side) for side in window_size):
@@ -75,8 +104,8 @@ def check_mask(causal: bool, window_size: tuple[int, int]) -> Mask:
         raise ValueError(
             f"window_size entries must be -1 or >= 0, got {window_size}; use -1 for unbounded."
         )
-    left, right = (min(_as_int(side), UNBOUNDED) for side in window_size)
-    return Mask.from_window(causal, (left, right))
+    left, right = (_as_int(side) for side in window_size)
+    return sides_of(causal, (left, right))
 
 
 def check_scale(softmax_scale: float | None, head_dim: int) -> float:

@@ -19,6 +19,7 @@ from nnscaler_ring.core.plan.schedule import CAUSAL, FULL
 from nnscaler_ring.core.ranks.agreement import agree, refusing_together
 from nnscaler_ring.core.ranks.groups import find_place
 from nnscaler_ring.core.ranks.transport import Transport, connect
+from nnscaler_ring.core.shape import AttentionShape
 from nnscaler_ring.core.sums.online_softmax import accumulation_dtype
 
 
@@ -67,13 +68,7 @@ class DilatedCall:
     op: str
     block_order: tuple[int, ...]
     shard_lens: tuple[int, ...]
-    batch: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    v_head_dim: int
-    dtype: torch.dtype
-    device_type: str
+    shape: AttentionShape
     softmax_scale: float
     segment_lengths: tuple[int, ...]
     dilation_rates: tuple[int, ...]
@@ -89,7 +84,7 @@ def plan_dilated(call: DilatedCall, block: int) -> DilatedPlan:
     return DilatedPlan.of(
         [Branch(*pair) for pair in zip(call.segment_lengths, call.dilation_rates, strict=True)],
         call.head_offsets,
-        call.num_kv_heads,
+        call.shape.num_kv_heads,
         call.shard_lens,
         CAUSAL if call.causal else FULL,
         call.exchange,
@@ -198,13 +193,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, options: DilatedOptions) -> _Run:
             op=options.op,
             block_order=place.members,
             shard_lens=lens_of_blocks("shard_lens", options.shard_lens, place, q.shape[1]),
-            batch=q.shape[0],
-            num_heads=q.shape[2],
-            num_kv_heads=k.shape[2],
-            head_dim=q.shape[3],
-            v_head_dim=v.shape[3],
-            dtype=q.dtype,
-            device_type=q.device.type,
+            shape=AttentionShape.of(q, k, v),
             softmax_scale=options.softmax_scale,
             segment_lengths=tuple(options.segment_lengths),
             dilation_rates=tuple(options.dilation_rates),
@@ -215,17 +204,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, options: DilatedOptions) -> _Run:
             exchange=options.exchange,
             kernel=options.kernel,
         )
-        kernel = select_kernel(
-            call.kernel,
-            Problem(
-                device_type=call.device_type,
-                dtype=call.dtype,
-                num_heads=call.num_heads,
-                num_kv_heads=call.num_kv_heads,
-                head_dim=call.head_dim,
-                v_head_dim=call.v_head_dim,
-            ),
-        )
+        kernel = select_kernel(call.kernel, Problem.of(call.shape))
         plan_dilated(call, place.block)
     agree(options.group, call, options.op, lambda: describe(call))
     connect(options.group, q.device)

@@ -18,7 +18,7 @@ class Options(NamedTuple):
     """What an attention op takes beside its tensors.
 
     `shard_lens` None: equal shards. `compute_len`: this rank's query rows in `compute_layout`.
-    `left` and `right`: the mask, in tokens, UNBOUNDED for none. `bias_gradient`: bias wants one.
+    `mask`: its text. `bias_gradient`: bias wants one.
     `same_seed`: the caller gave dropout_seed, so all ranks must hold the same. `first_batch` and
     `first_head`: as in `DropoutSeed`.
     """
@@ -31,8 +31,7 @@ class Options(NamedTuple):
     compute_layout: str
     compute_len: int
     softmax_scale: float
-    left: int
-    right: int
+    mask: str
     softcap: float
     bias_gradient: bool
     dropout_p: float
@@ -49,9 +48,9 @@ OPTIONS_SCHEMA = (
     "float softmax_scale, float softcap, float dropout_p"
 )
 
-NAMES = ("op", "caller_layout", "compute_layout", "exchange", "kernel")
+NAMES = ("op", "caller_layout", "compute_layout", "mask", "exchange", "kernel")
 FLAGS = ("bias_gradient", "same_seed", "deterministic")
-COUNTS = ("compute_len", "left", "right", "first_batch", "first_head")
+COUNTS = ("compute_len", "first_batch", "first_head")
 
 
 def arguments_of(options: Options) -> tuple[Any, ...]:

@@ -12,12 +12,13 @@ from nnscaler_ring.core.op.call import Call, Plan, describe, plan_call
 from nnscaler_ring.core.op.checks import check_bias_keys, check_own_length
 from nnscaler_ring.core.op.documents import documents_of, total_of
 from nnscaler_ring.core.op.options import Extras, Options
-from nnscaler_ring.core.plan.schedule import Mask
+from nnscaler_ring.core.plan.masks import mask_of
 from nnscaler_ring.core.ranks.agreement import agree, refusing_together
 from nnscaler_ring.core.ranks.groups import ALONE, Place, find_place, group_state
 from nnscaler_ring.core.ranks.transport import Transport, connect
 from nnscaler_ring.core.scores.dropout import Dropout
 from nnscaler_ring.core.scores.scores import Scores
+from nnscaler_ring.core.shape import AttentionShape
 
 
 class Run(NamedTuple):
@@ -105,15 +106,9 @@ def call_of(
         block_order=place.members,
         shard_lens=lens,
         shard_lens_k=lens_k,
-        batch=1 if q.dim() == 3 else q.shape[0],
-        num_heads=q.shape[-2],
-        num_kv_heads=k.shape[-2],
-        head_dim=q.shape[-1],
-        v_head_dim=v.shape[-1],
-        dtype=q.dtype,
-        device_type=q.device.type,
+        shape=AttentionShape.of(q, k, v),
         softmax_scale=options.softmax_scale,
-        mask=Mask(options.left, options.right),
+        mask=mask_of(options.mask).text,
         softcap=options.softcap,
         alibi_slopes=None if slopes is None else tuple(slopes.shape),
         bias=None if bias is None else (*bias.shape[:-2], bias.dtype),
@@ -134,13 +129,8 @@ def call_of(
 
 
 def _problem(call: Call) -> Problem:
-    return Problem(
-        device_type=call.device_type,
-        dtype=call.dtype,
-        num_heads=call.num_heads,
-        num_kv_heads=call.num_kv_heads,
-        head_dim=call.head_dim,
-        v_head_dim=call.v_head_dim,
+    return Problem.of(
+        call.shape,
         deterministic=call.deterministic,
         softcap=call.softcap > 0,
         alibi=call.alibi_slopes is not None,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.op.documents import Documents, cu_seqlens_of
 from nnscaler_ring.core.plan.layout import SequenceLayout, Zigzag, ZigzagDocuments
-from nnscaler_ring.core.plan.schedule import CAUSAL, FULL
+from nnscaler_ring.core.plan.masks import CAUSAL, FULL
 from nnscaler_ring.core.ranks.staging import backends_of
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ class TransformerEngine:
         group = place.group
         assert group is not None, place
         packed = call.cu_seqlens_q is not None
-        padding = "padding_causal" if call.mask == CAUSAL else "padding"
-        dense = "causal" if call.mask == CAUSAL else "no_mask"
+        padding = "padding_causal" if call.mask == CAUSAL.text else "padding"
+        dense = "causal" if call.mask == CAUSAL.text else "no_mask"
         module = _attention_module(
-            num_attention_heads=call.num_heads,
-            kv_channels=call.head_dim,
-            num_gqa_groups=call.num_kv_heads,
+            num_attention_heads=call.shape.num_heads,
+            kv_channels=call.shape.head_dim,
+            num_gqa_groups=call.shape.num_kv_heads,
             attention_dropout=0.0,
             qkv_format="thd" if packed else "bshd",
             attn_mask_type=padding if packed else dense,
@@ -99,17 +99,17 @@ def _is_not_installed() -> str | None:
 
 
 def _cannot_use(call: Call) -> str | None:
-    if call.device_type != DEVICE_TYPE:
-        return f"it computes on {DEVICE_TYPE}, the tensors are on {call.device_type}"
-    if call.dtype not in DTYPES:
-        return f"it computes in {', '.join(map(str, DTYPES))}, not in {call.dtype}"
-    if call.head_dim % 8 or call.head_dim > LARGEST_HEAD_DIM:
+    if call.shape.device_type != DEVICE_TYPE:
+        return f"it computes on {DEVICE_TYPE}, the tensors are on {call.shape.device_type}"
+    if call.shape.torch_dtype not in DTYPES:
+        return f"it computes in {', '.join(map(str, DTYPES))}, not in {call.shape.torch_dtype}"
+    if call.shape.head_dim % 8 or call.shape.head_dim > LARGEST_HEAD_DIM:
         return (
             f"head_dim must be a multiple of 8 and at most {LARGEST_HEAD_DIM}, it is "
-            f"{call.head_dim}"
+            f"{call.shape.head_dim}"
         )
-    if call.v_head_dim != call.head_dim:
-        return f"v_head_dim must be head_dim, {call.head_dim}, it is {call.v_head_dim}"
+    if call.shape.v_head_dim != call.shape.head_dim:
+        return f"v_head_dim must be head_dim, {call.shape.head_dim}, it is {call.shape.v_head_dim}"
     return None
 
 
@@ -130,8 +130,11 @@ def _cannot_reach(call: Call, place: Place) -> str | None:
 
 
 def _cannot_mask(call: Call) -> str | None:
-    if call.mask not in (CAUSAL, FULL):
-        return "window_size must be (-1, -1): its p2p exchange has no windows"
+    if call.mask not in (CAUSAL.text, FULL.text):
+        return (
+            "window_size must be (-1, -1) and mask causal or full: its p2p exchange has no other "
+            f"masks, the mask is {call.mask}"
+        )
     if call.cu_seqlens_q is None and call.compute_layout != "zigzag":
         return "it computes in zigzag order: use wrap_zigzag_attn_func"
     if call.cu_seqlens_q != call.cu_seqlens_k or call.shard_lens != call.shard_lens_k:

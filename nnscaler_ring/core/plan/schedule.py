@@ -2,9 +2,9 @@
 
 Note [From spans to a tile]
     Within one document, query row i of one span and key row j of another stand
-    `stride * (j - i) + offset` positions apart, so a mask on the distance of positions is a band on
-    `j - i`. Spans with different strides have no such band and are cut into single tokens, whose
-    stride does not matter.
+    `stride * (j - i) + offset` positions apart, so a band of a mask is a band on `j - i`, and its
+    box of positions a box of rows. Spans with different strides have no such band and are cut into
+    single tokens, whose stride does not matter.
 """
 
 from __future__ import annotations
@@ -13,8 +13,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from nnscaler_ring.core.plan.masks import CAUSAL, FULL, Mask, Window
 from nnscaler_ring.core.plan.span import SequenceLayout, Span
 from nnscaler_ring.core.plan.tile import UNBOUNDED, Tile, clip_keys, merge_neighbours, trim
+
+__all__ = [
+    "CAUSAL",
+    "FULL",
+    "Mask",
+    "PairWork",
+    "Rows",
+    "Schedule",
+    "Step",
+    "Window",
+    "cut_rows",
+    "row_count",
+    "tiles_of_spans",
+    "union",
+]
 
 Rows = tuple[tuple[int, int], ...]
 """Runs `[start, stop)` of rows, ascending, not touching."""
@@ -23,31 +39,13 @@ KeyRows = tuple[tuple[int, int, int], ...]
 """Rows `[start, stop)` of a source's shard, as (source, start, stop), one after another."""
 
 
-@dataclass(frozen=True)
-class Mask:
-    """Query position p sees key positions `[p - left, p + right]` of its document, in tokens."""
-
-    left: int = UNBOUNDED
-    right: int = UNBOUNDED
-
-    @classmethod
-    def from_window(cls, causal: bool, window_size: tuple[int, int]) -> Mask:
-        """flash-attn's arguments: -1 is unbounded; `causal` caps the right side at 0."""
-        left, right = (UNBOUNDED if side == -1 else side for side in window_size)
-        return cls(left, min(right, 0) if causal else right)
-
-
-CAUSAL = Mask(right=0)
-FULL = Mask()
-
-
 class Schedule:
     """Which tiles a rank computes, and which key rows it needs for them.
 
     Args:
         q_layout: who holds, and computes, which query rows.
         k_layout: who holds which key rows; as many ranks.
-        mask: which distances of positions are visible.
+        mask: which positions see which.
     """
 
     def __init__(self, q_layout: SequenceLayout, k_layout: SequenceLayout, mask: Mask) -> None:
@@ -178,11 +176,21 @@ def tiles_of_spans(q: Span, k: Span, mask: Mask) -> Iterator[Tile]:
         return
     # Note [From spans to a tile].
     offset = k.position - q.position - stride * (k.row - q.row)
-    lo = -UNBOUNDED if mask.left == UNBOUNDED else -((mask.left + offset) // stride)
-    hi = UNBOUNDED if mask.right == UNBOUNDED else (mask.right - offset) // stride
-    tile = trim(Tile(q.row, q.row + q.length, k.row, k.row + k.length, lo, hi))
-    if tile:
-        yield tile
+    for band in mask.bands(q, k):
+        q0, q1 = _rows_between(q, band.q0, band.q1)
+        k0, k1 = _rows_between(k, band.k0, band.k1)
+        lo = -UNBOUNDED if band.lo == -UNBOUNDED else -((offset - band.lo) // stride)
+        hi = UNBOUNDED if band.hi == UNBOUNDED else (band.hi - offset) // stride
+        tile = trim(Tile(q0, q1, k0, k1, lo, hi))
+        if tile:
+            yield tile
+
+
+def _rows_between(span: Span, first: int, stop: int) -> tuple[int, int]:
+    """The rows of a span whose positions are in `[first, stop)`."""
+    before = max(0, -((span.position - first) // span.stride))
+    up_to = min(span.length, -((span.position - stop) // span.stride))
+    return span.row + before, span.row + up_to
 
 
 def union(runs: Iterable[tuple[int, int]]) -> Rows:

@@ -51,7 +51,7 @@ GO = "go"
 """The verdict when all ranks agree."""
 
 ARGUMENTS = {
-    "mask": "the mask (causal, window_size)",
+    "mask": "the mask (causal, window_size or mask)",
     "shard_lens": "shard_lens (None: every block has as many tokens as the own)",
     "shard_lens_k": "shard_lens_k (None: every block has as many tokens as the own)",
     "batch": "batch, a dimension of q",

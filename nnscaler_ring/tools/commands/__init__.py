@@ -17,7 +17,23 @@ COMMANDS: tuple[click.Command, ...] = (
 )
 
 
-@click.group(commands={command.name or "": command for command in COMMANDS})
+class Commands(click.Group):
+    """Shows the first sentence of every command whole, over as many lines as it takes."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The section of commands."""
+        rows = [
+            (name, command.get_short_help_str(limit=500)) for name, command in self.commands.items()
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(
+    cls=Commands,
+    commands={command.name or "": command for command in COMMANDS},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__)
 def commands() -> None:
     """Exact attention over sequences too long for one device."""

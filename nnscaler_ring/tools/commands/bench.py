@@ -11,12 +11,18 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from nnscaler_ring.simulator.planner import gigabytes
 from nnscaler_ring.tools.calibrate import CASES, DTYPES, calibrate, compare
-from nnscaler_ring.tools.commands.options import Size, check_writable, rank_errors, usage_errors
+from nnscaler_ring.tools.commands.options import (
+    Size,
+    check_writable,
+    json_option,
+    rank_errors,
+    usage_errors,
+)
 from nnscaler_ring.tools.commands.replay import replay
+from nnscaler_ring.tools.commands.tables import Column, make_console, print_table
 from nnscaler_ring.tools.launch import BACKENDS
 from nnscaler_ring.tools.machine import origin
 
@@ -60,6 +66,7 @@ CLUSTER_FILE = Path("this_machine.json")
     multiple=True,
     help="--device: cases with this text in their label, as printed; may be repeated.",
 )
+@json_option
 @click.option("--commit", help="--device: of the source, for the rows, where there is no git.")
 def bench(
     wanted: bool,
@@ -71,31 +78,32 @@ def bench(
     ranks: int,
     reps: int,
     only: tuple[str, ...],
+    as_json: bool,
     commit: str | None,
 ) -> None:
     """Measure this machine; benchmarks/ has the benchmarks of the library on CPU ranks."""
     if wanted == (device is not None):
         raise click.UsageError("give either --calibrate or --device.")
-    console = Console()
     out = out or (CLUSTER_FILE if wanted else None)
     with usage_errors():
         check_writable(out)
         check_writable(report)
     if device is not None:
         with usage_errors():
-            is_right = replay(console, device, tokens, ranks, reps, out, only, commit)
+            is_right = replay(device, tokens, ranks, reps, out, only, commit, as_json=as_json)
         sys.exit(not is_right)
     assert out is not None
-    _calibrate(console, out, report, cases)
+    _calibrate(out, report, cases, as_json=as_json)
 
 
-def _calibrate(console: Console, out: Path, report: Path | None, cases: int) -> None:
+def _calibrate(out: Path, report: Path | None, cases: int, *, as_json: bool) -> None:
     load_before = os.getloadavg()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     chosen = CASES[:cases]
+    screen = Console(stderr=as_json)
     with (
         rank_errors(),
-        Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress,
+        Progress(*columns, TimeElapsedColumn(), console=screen, transient=True) as progress,
     ):
         task = progress.add_task("measuring", total=len(DTYPES) + 1 + len(chosen))
 
@@ -105,33 +113,43 @@ def _calibrate(console: Console, out: Path, report: Path | None, cases: int) -> 
         cluster = calibrate(advance)
         out.write_text(json.dumps(cluster.to_json(), indent=2) + "\n", encoding="utf-8")
         rows = compare(cluster, chosen, advance)
-    console.print(_table(rows))
-    console.print(f"wrote {out}", highlight=False, markup=False)
+    record = {
+        **origin(["nnscaler-ring", *sys.argv[1:]], "cpu"),
+        "load_average_before": load_before,
+        "load_average_after": os.getloadavg(),
+        "cluster": cluster.to_json(),
+        "rows": rows,
+    }
     if report:
-        record = {
-            **origin(["nnscaler-ring", *sys.argv[1:]], "cpu"),
-            "load_average_before": load_before,
-            "load_average_after": os.getloadavg(),
-            "cluster": cluster.to_json(),
-            "rows": rows,
-        }
         report.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        console.print(f"wrote {report}", highlight=False, markup=False)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+        return
+    console = make_console()
+    print_table(console, COLUMNS, [_row(row) for row in rows], more="--json has them")
+    for path in (out, *([report] if report else [])):
+        console.print(f"wrote {path}", markup=False)
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("case", box=None, pad_edge=False)
-    for name in ("step", "predicted", "error", "sent", "memory", "error"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        exact = row["sent_bytes"] == row["predicted_sent_bytes"]
-        table.add_row(
-            row["case"],
-            f"{row['measured_seconds']['step'] * 1e3:.0f} ms",
-            f"{row['predicted_seconds']['step'] * 1e3:.0f} ms",
-            f"{row['step_error']:+.0%}",
-            "as predicted" if exact else "DIFFERS",
-            gigabytes(row["counted_memory_bytes"]),
-            f"{row['memory_error']:+.1%}",
-        )
-    return table
+COLUMNS = (
+    Column("case", right=False),
+    Column("step"),
+    Column("predicted"),
+    Column("off by", 1),
+    Column("sent", 2),
+    Column("memory", 3),
+    Column("memory off by", 4),
+)
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    exact = row["sent_bytes"] == row["predicted_sent_bytes"]
+    return [
+        row["case"],
+        f"{row['measured_seconds']['step'] * 1e3:.0f} ms",
+        f"{row['predicted_seconds']['step'] * 1e3:.0f} ms",
+        f"{row['step_error']:+.0%}",
+        "as predicted" if exact else "DIFFERS",
+        gigabytes(row["counted_memory_bytes"]),
+        f"{row['memory_error']:+.1%}",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shlex
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import click
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -19,12 +21,14 @@ from nnscaler_ring.tools.commands.options import (
     Size,
     check_writable,
     device_option,
+    json_option,
     rank_errors,
     ranks_option,
     usage_errors,
 )
+from nnscaler_ring.tools.commands.tables import make_console
 from nnscaler_ring.tools.demo.memory import AttentionSize
-from nnscaler_ring.tools.demo.report import MIB, memory_per_rank, sentence, write_report
+from nnscaler_ring.tools.demo.report import MIB, memory_per_rank, sentence, summary, write_report
 from nnscaler_ring.tools.demo.run import (
     ENGINES,
     DemoConfig,
@@ -82,6 +86,7 @@ ROWS = 10
     help="Folder for the figure and demo.json.",
 )
 @click.option("--seed", default=TrainConfig.seed, show_default=True, type=SEED)
+@json_option
 def demo(
     engine: str,
     ranks: int,
@@ -93,6 +98,7 @@ def demo(
     device: str,
     out: Path,
     seed: int,
+    as_json: bool,
 ) -> None:
     """Train a small model on one device and on ranks, and show that it is the same training."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -108,19 +114,30 @@ def demo(
     with usage_errors():
         corpus = prepare(config)
         check_writable(out / "demo.json")
-    console = Console()
-    console.print(f"{tokens} tokens a step from {corpus.source}", highlight=False, markup=False)
-    with rank_errors(), Screen(console) as screen:
-        result = run_demo(config, corpus, screen)
-    console.print(_losses_table(result.alone.steps, result.ranks[0].steps))
-    console.print(_figures_table(config, result))
+    screen = Console(stderr=as_json)
+    screen.print(f"{tokens} tokens a step from {corpus.source}", highlight=False, markup=False)
+    with rank_errors(), Screen(screen) as watch:
+        result = run_demo(config, corpus, watch)
     command = shlex.join(["nnscaler-ring", *sys.argv[1:]])
-    for path in write_report(config, result, out, command):
-        console.print(f"wrote {path}", highlight=False, markup=False)
-    console.print(f"\n[bold]{sentence(config, result)}[/]", highlight=False)
-    console.print(f"\nNext, a model on real data: {EXAMPLE}/README.md", highlight=False)
+    written = write_report(config, result, out, command)
+    if as_json:
+        click.echo(json.dumps(summary(config, result, command), indent=2))
+    else:
+        _show(config, result, written)
     if not result.is_equal:
         sys.exit(1)
+
+
+def _show(config: DemoConfig, result: DemoResult, written: list[Path]) -> None:
+    """The sentence first, then the figures that it rests on."""
+    console = make_console()
+    colour = "green" if result.is_equal else "red"
+    console.print(f"\n[bold {colour}]{escape(sentence(config, result))}[/]\n")
+    console.print(_losses_table(result.alone.steps, result.ranks[0].steps))
+    console.print(_figures_table(config, result))
+    for path in written:
+        console.print(f"wrote {path}", markup=False)
+    console.print(f"\nNext, a model on real data: {EXAMPLE}/README.md")
 
 
 class Screen:

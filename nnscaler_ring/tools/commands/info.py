@@ -6,15 +6,16 @@ import json
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from nnscaler_ring import __version__
+from nnscaler_ring.tools.commands.options import json_option
+from nnscaler_ring.tools.commands.tables import Column, make_console, print_table
 from nnscaler_ring.tools.machine import cuda_versions, devices, kernel_table, package_versions
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def info(as_json: bool) -> None:
     """Versions, devices, and which kernel computes what here."""
     facts: dict[str, Any] = {
@@ -26,11 +27,12 @@ def info(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
-    console = Console()
+    console = make_console()
     console.print(_facts_table(facts))
-    console.print(_kernels_table(facts["kernels"]))
+    console.print("\nkernels, for 32 heads on 8 KV heads")
+    print_table(console, *_kernels(facts["kernels"]))
     for reason in _reasons(facts["kernels"]):
-        console.print(reason, highlight=False)
+        console.print(reason, markup=False)
 
 
 def _facts_table(facts: dict[str, Any]) -> Table:
@@ -46,28 +48,34 @@ def _facts_table(facts: dict[str, Any]) -> Table:
     return table
 
 
-def _kernels_table(rows: list[dict[str, Any]]) -> Table:
+def _kernels(rows: list[dict[str, Any]]) -> tuple[list[Column], list[list[str]]]:
     """A column per problem."""
-    table = Table(title="kernels, for 32 heads on 8 KV heads", title_justify="left")
-    table.add_column("device, dtype, head_dim")
-    for row in rows:
-        table.add_column(f"{row['device']}\n{row['dtype']}\n{row['head_dim']}")
-    for name in rows[0]["refusals"]:
-        answers = (row["refusals"][name] for row in rows)
-        table.add_row(name, *("[green]yes[/]" if reason is None else "no" for reason in answers))
-    table.add_section()
-    table.add_row('kernel="auto" takes', *(row["auto"] or "[red]none[/]" for row in rows))
-    return table
+    columns = [Column("device, dtype, head_dim", right=False)]
+    columns += [
+        Column(f"{row['device']} {row['dtype']} {row['head_dim']}", right=False) for row in rows
+    ]
+    table = [
+        [name, *("[green]yes[/]" if row["refusals"][name] is None else "no" for row in rows)]
+        for name in rows[0]["refusals"]
+    ]
+    table.append(['kernel="auto" takes', *(row["auto"] or "[red]none[/]" for row in rows)])
+    return columns, table
 
 
 def _reasons(rows: list[dict[str, Any]]) -> list[str]:
-    """Each kernel's refusals, each reason once; and why auto passes over the kernels that could."""
-    reasons = {
-        f"no {name} on {row['device']}: {reason}"
-        for row in rows
-        for name, reason in row["refusals"].items()
-        if reason is not None
-    }
+    """Every reason once, with the kernels that have it; and in which order auto asks."""
+    devices: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, reason in row["refusals"].items():
+            names = (
+                devices.setdefault((row["device"], reason), []) if reason is not None else [name]
+            )
+            if name not in names:
+                names.append(name)
+    reasons = [
+        f"no {', '.join(names)} on {device}: {reason}"
+        for (device, reason), names in devices.items()
+    ]
     orders = {", ".join(row["asked"]) for row in rows}
     auto = [f"auto asks {order}, and takes the first that can" for order in sorted(orders)]
     return [*sorted(reasons), *auto]

@@ -101,6 +101,9 @@ def check_writable(path: Path | None) -> None:
         pass
 
 
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON alone; what goes on goes to stderr."
+)
 ranks_option = click.option(
     "--ranks",
     default=2,

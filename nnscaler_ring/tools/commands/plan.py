@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from nnscaler_ring.core.op.checks import check_mask
+from nnscaler_ring.core.op.checks import check_window
 from nnscaler_ring.core.sizes import Sizes, dtype_name
 from nnscaler_ring.simulator.cluster import Cluster, Link, check_cluster, load_cluster
-from nnscaler_ring.simulator.planner import Job, Plan, StrategyPlan, gigabytes, plan
-from nnscaler_ring.tools.commands.options import Amount, Size, parse_size, usage_errors
+from nnscaler_ring.simulator.planner import Job, Plan, StrategyPlan, counted, gigabytes, plan
+from nnscaler_ring.tools.commands.options import (
+    Amount,
+    Size,
+    json_option,
+    parse_size,
+    usage_errors,
+)
+from nnscaler_ring.tools.commands.tables import Column, make_console, print_table
 
 
 @click.command("plan")
@@ -46,9 +52,13 @@ from nnscaler_ring.tools.commands.options import Amount, Size, parse_size, usage
 @click.option("--node", type=Size(), help="Devices in a node.")
 @click.option("--link-gb", type=Amount(), help="GB per second and direction inside a node.")
 @click.option("--network-gb", type=Amount(), help="GB per second and direction between nodes.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def plan_command(as_json: bool, device: str, mask: str, dtype: str, **given: Any) -> None:
-    """Memory, bytes, time of every strategy, the fewest ranks that fit, and what to choose."""
+    """Say what to choose, and what every strategy takes in memory, bytes and time.
+
+    Sizes may be written as 65536, 64k (64,000), 64Ki (65,536), 1M or 1e6. The exit code is 1 where
+    nothing fits.
+    """
     with usage_errors():
         cluster = _changed(load_cluster(device), given)
         heads = given["heads"]
@@ -59,7 +69,7 @@ def plan_command(as_json: bool, device: str, mask: str, dtype: str, **given: Any
             ranks=given["ranks"],
             layers=given["layers"],
             sizes=Sizes(heads, kv_heads, dim, dim, dtype_name(dtype), given["batch"]),
-            mask=check_mask(*parse_mask(mask)),
+            mask=check_window(*parse_mask(mask)),
             backward=not given["forward_only"],
             recompute=given["recompute"],
             reserve_bytes=given["reserve_gb"] * 1e9,
@@ -69,6 +79,8 @@ def plan_command(as_json: bool, device: str, mask: str, dtype: str, **given: Any
         click.echo(json.dumps(result.to_json(), indent=2))
     else:
         _show(result)
+    if result.recommended is None:
+        sys.exit(1)
 
 
 def parse_mask(text: str) -> tuple[bool, tuple[int, int]]:
@@ -109,44 +121,48 @@ def _changed(cluster: Cluster, given: dict[str, Any]) -> Cluster:
     return changed
 
 
+COLUMNS = (
+    Column("layout", right=False),
+    Column("exchange", right=False),
+    Column("memory"),
+    Column("sent", 1),
+    Column("forward", 2),
+    Column("backward", 2),
+    Column("hidden", 4),
+    Column("busiest", 5),
+    Column("ranks", 3),
+)
+
+
 def _show(result: Plan) -> None:
+    """The verdict first, then what it rests on."""
     job = result.job
-    console = Console()
+    console = make_console()
     per_rank = -(-job.tokens // job.ranks)
     console.print(
-        f"[bold]{job.tokens:,} tokens over {job.ranks} ranks, {per_rank:,} each; "
-        f"{escape(result.cluster.name)}[/]",
-        highlight=False,
+        f"{counted(job.tokens, 'token')} over {counted(job.ranks, 'rank')}, {per_rank:,} each; "
+        f"{escape(result.cluster.name)}"
     )
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("layout", "exchange"):
-        table.add_column(name, no_wrap=True)
-    for name in ("memory", "sent", "forward", "backward", "hidden", "busiest", "ranks"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for strategy in result.strategies:
-        table.add_row(*_row(strategy), style="bold" if strategy is result.recommended else "")
-    console.print(table)
+    colour = "green" if result.recommended else "red"
+    console.print(f"[bold {colour}]{escape(result.advice)}[/]\n")
+    rows = [_row(strategy, strategy is result.recommended) for strategy in result.strategies]
+    print_table(console, COLUMNS, rows, more="--json has them")
     console.print(
         "[dim]memory: of a rank; sent: by a rank in a layer; hidden: transfers under computing; "
-        "busiest: a rank's work over the mean; ranks: enough memory[/]",
-        highlight=False,
+        "busiest: a rank's work over the mean; ranks: enough memory[/]"
     )
     shown = result.recommended or min(result.strategies, key=lambda s: s.total_memory)
-    console.print(f"Memory of {shown.layout}, {shown.exchange}, per rank:", highlight=False)
+    console.print(f"Memory of {shown.layout}, {shown.exchange}, per rank:")
     for name, size in sorted(shown.memory.items(), key=lambda item: -item[1]):
-        console.print(f"  {gigabytes(size):>10}  {name}", highlight=False)
+        console.print(f"  {gigabytes(size):>10}  {name}")
     for strategy in result.strategies:
         if strategy.reason:
-            console.print(
-                f"{strategy.layout}, {strategy.exchange}: {escape(strategy.reason)}.",
-                highlight=False,
-            )
-    console.print(f"[bold]{escape(result.advice)}[/]", highlight=False)
-    console.print(f"[dim]{escape(result.cluster.source)}[/]", highlight=False)
+            console.print(f"{strategy.layout}, {strategy.exchange}: {escape(strategy.reason)}.")
+    console.print(f"[dim]{escape(result.cluster.source)}[/]")
 
 
-def _row(strategy: StrategyPlan) -> list[str]:
-    return [
+def _row(strategy: StrategyPlan, is_best: bool) -> list[str]:
+    cells = [
         strategy.layout,
         strategy.exchange,
         gigabytes(strategy.total_memory),
@@ -154,9 +170,10 @@ def _row(strategy: StrategyPlan) -> list[str]:
         duration(strategy.forward_seconds),
         duration(strategy.backward_seconds),
         f"{strategy.overlap:.0%}",
-        f"{strategy.busiest_over_mean:.2f}",
+        f"{strategy.busiest_over_mean:.2f}x",
         "never" if strategy.smallest_ranks is None else f">= {strategy.smallest_ranks}",
     ]
+    return [f"[bold]{cell}[/]" for cell in cells] if is_best else cells
 
 
 def duration(seconds: float) -> str:

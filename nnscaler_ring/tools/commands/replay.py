@@ -15,12 +15,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from nnscaler_ring.core.device import device_name
 from nnscaler_ring.simulator.simulation import LIMITS
+from nnscaler_ring.tools.commands.tables import Column, make_console, print_table
 from nnscaler_ring.tools.machine import (
     cuda_versions,
     device_types,
@@ -43,7 +45,6 @@ NOTE = (
 
 
 def replay(
-    console: Console,
     device: str,
     tokens: Sequence[int],
     ranks: int,
@@ -51,6 +52,8 @@ def replay(
     out: Path | None,
     only: Sequence[str] = (),
     commit: str | None = None,
+    *,
+    as_json: bool = False,
 ) -> bool:
     """Measure every case, print each as it is done, and append its row to a file.
 
@@ -83,16 +86,24 @@ def replay(
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         told = row["error"] or f"done in {row['took_seconds']:.0f} s"
-        console.print(f"{case.label}: {told}", highlight=False, markup=False)
-    console.print(f"{device_name(device)}, {case.shape}, {ranks} ranks", highlight=False)
-    console.print(_table(rows))
+        Console(stderr=as_json, highlight=False).print(f"{case.label}: {told}", markup=False)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2, allow_nan=False))
+    else:
+        _show(rows, f"{device_name(device)}, {case.shape}, {ranks} ranks", out)
+    return not any(row["error"] for row in rows)
+
+
+def _show(rows: list[dict[str, Any]], title: str, out: Path | None) -> None:
+    console = make_console()
+    console.print(title, markup=False)
+    print_table(console, COLUMNS, [_row(row) for row in rows], more="--json has them")
     modelled = [row["results"]["modelled_communication"] for row in rows if row["results"]]
     if modelled:
-        console.print(NOTE.format(modelled[0]["cluster"]), highlight=False, markup=False)
+        console.print(NOTE.format(modelled[0]["cluster"]), markup=False)
     console.print(
         f"rows: {out}" if out else "rows: not kept; give --out to keep them", markup=False
     )
-    return not any(row["error"] for row in rows)
 
 
 def _source(commit: str | None) -> dict[str, Any]:
@@ -151,24 +162,30 @@ def make_row(case: Case, device: str, reps: int, facts: dict[str, Any]) -> dict[
     }
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table("case", box=None, pad_edge=False)
-    names = ("kernel", "one device", "TFLOP/s", "kept", "busiest", "merge", "modelled")
-    for name in names:
-        table.add_column(name, justify="right")
-    for row in rows:
-        results = row["results"]
-        if not results:
-            table.add_row(row["parameters"]["label"], "-")
-            continue
-        table.add_row(
-            row["parameters"]["label"],
-            results["kernel"],
-            f"{row['seconds']['median'] * 1e3:.1f} ms",
-            f"{results['kernel_tflops_per_second']:.3g}",
-            f"{results['kept_fraction']:.3f}",
-            f"{results['busiest_rank_over_mean']:.2f}",
-            f"{results['merge']['least_bytes_per_second'] / 1e9:.0f} GB/s",
-            f"{results['modelled_communication']['largest_share_of_compute']:.1%}",
-        )
-    return table
+COLUMNS = (
+    Column("case", right=False),
+    Column("kernel", 1),
+    Column("one device"),
+    Column("TFLOP/s"),
+    Column("kept", 2),
+    Column("busiest", 3),
+    Column("merge", 4),
+    Column("modelled", 5),
+)
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    results = row["results"]
+    label = escape(row["parameters"]["label"])
+    if not results:
+        return [label, "-", *[""] * (len(COLUMNS) - 2)]
+    return [
+        label,
+        results["kernel"],
+        f"{row['seconds']['median'] * 1e3:.1f} ms",
+        f"{results['kernel_tflops_per_second']:.3g}",
+        f"{results['kept_fraction']:.3f}",
+        f"{results['busiest_rank_over_mean']:.2f}x",
+        f"{results['merge']['least_bytes_per_second'] / 1e9:.0f} GB/s",
+        f"{results['modelled_communication']['largest_share_of_compute']:.1%}",
+    ]

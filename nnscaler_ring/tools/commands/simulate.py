@@ -7,13 +7,14 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nnscaler_ring.core.exchange import EXCHANGES
-from nnscaler_ring.core.op.checks import check_mask
+from nnscaler_ring.core.op.checks import check_window
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.sizes import Sizes, dtype_name
 from nnscaler_ring.simulator.call import SimulatedCall
@@ -25,9 +26,11 @@ from nnscaler_ring.tools.commands.options import (
     Size,
     check_writable,
     device_option,
+    json_option,
     usage_errors,
 )
 from nnscaler_ring.tools.commands.plan import parse_mask
+from nnscaler_ring.tools.commands.tables import make_console
 from nnscaler_ring.tools.machine import check_device
 
 LARGEST_RING = 8
@@ -66,6 +69,7 @@ LARGEST_RING = 8
     show_default=True,
     type=click.Path(file_okay=False, path_type=Path),
 )
+@json_option
 def simulate(
     tokens: int,
     ranks: int,
@@ -83,6 +87,7 @@ def simulate(
     device: str,
     seed: int,
     out: Path,
+    as_json: bool,
 ) -> None:
     """Run every rank of an attention call in this process, and write a report with pictures."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -92,7 +97,7 @@ def simulate(
         kv = heads if kv_heads is None else kv_heads
         sizes = Sizes(heads, kv, head_dim, head_dim, dtype_name(dtype), batch)
         call = SimulatedCall(
-            tokens, ranks, sizes, check_mask(*parse_mask(mask)), layout, exchange=exchange
+            tokens, ranks, sizes, check_window(*parse_mask(mask)), layout, exchange=exchange
         )
         if share is not None and not 0 <= share < ranks:
             raise ValueError(f"share must be a rank from 0 to {ranks - 1}, got {share}.")
@@ -101,9 +106,9 @@ def simulate(
             call, load_cluster(cluster), not forward_only, share, device, rings, seed
         )
         check_writable(out / "simulation.json")
-    console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+    screen = Console(stderr=as_json)
+    with Progress(*columns, TimeElapsedColumn(), console=screen, transient=True) as progress:
         task = progress.add_task("simulating", total=simulation.steps())
         record = run_simulation(
             simulation, lambda what: progress.update(task, advance=1, description=what)
@@ -114,12 +119,21 @@ def simulate(
     (out / "simulation.md").write_text(report, encoding="utf-8")
     text = json.dumps({"command": command, **record}, indent=2)
     (out / "simulation.json").write_text(text + "\n", encoding="utf-8")
-    for path in (out / "simulation.md", out / "simulation.json", *pictures):
-        console.print(f"wrote {path}", highlight=False, markup=False)
-    error = f"{record['sampled_rows']} sampled rows within {record['largest_error']:.1e} of float64"
+    if as_json:
+        click.echo(text)
+    else:
+        _show(record, [out / "simulation.md", out / "simulation.json", *pictures])
     if not record["is_exact"]:
-        console.print(f"[bold red]WRONG: {error}[/]", highlight=False)
         sys.exit(1)
-    console.print(
-        f"{record['simulated']}: {error}.", style="bold green", highlight=False, markup=False
-    )
+
+
+def _show(record: dict[str, Any], written: list[Path]) -> None:
+    """The verdict first, then where the report is."""
+    console = make_console()
+    error = f"{record['sampled_rows']} sampled rows within {record['largest_error']:.1e} of float64"
+    if record["is_exact"]:
+        console.print(f"{record['simulated']}: {error}.", style="bold green", markup=False)
+    else:
+        console.print(f"WRONG: {error}", style="bold red", markup=False)
+    for path in written:
+        console.print(f"wrote {path}", markup=False)

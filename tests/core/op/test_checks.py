@@ -20,6 +20,8 @@ from nnscaler_ring import (
     zigzag_shard,
     zigzag_unshard,
 )
+from nnscaler_ring.core.exchange import EXCHANGES
+from nnscaler_ring.masks import Chunks, Prefix, Rectangles
 from tests.core.attempts import TOKENS, Attempt, arguments, attempt, line_up
 
 RING, ZIGZAG, VARLEN = wrap_ring_attn_func, wrap_zigzag_attn_func, wrap_ring_attn_varlen_func
@@ -237,6 +239,43 @@ MASKS = {
         ValueError,
         r"window_size entries must be -1 or >= 0, got \(-2, 0\); use -1 for unbounded",
     ),
+    "a mask that is none": Wrong(
+        ALL, given(mask=3), TypeError, "mask must be a mask such as .*, its text, or None, got int"
+    ),
+    "text that is no mask": Wrong(
+        ALL, given(mask="causal"), ValueError, r"mask must be made of .* got 'causal' in 'causal'"
+    ),
+    "a mask and a window": Wrong(
+        DENSE,
+        given(mask=Chunks(2), window_size=(3, 0)),
+        ValueError,
+        r"mask must be None where causal or window_size is given, got mask=Chunks\(size=2\), "
+        r"causal=True, window_size=\(3, 0\); .* leave both out",
+    ),
+    "a mask and causal": Wrong(
+        DENSE,
+        given(mask=Chunks(2), causal=False),
+        ValueError,
+        "mask must be None where causal or window_size is given, .*causal=False",
+    ),
+    "a packed mask and causal": Wrong(
+        (VARLEN,),
+        given(mask=Chunks(2), causal=True),
+        ValueError,
+        "mask must be None where causal or window_size is given, .*causal=True",
+    ),
+    "a mask of more positions": Wrong(
+        DENSE,
+        given(mask=Rectangles([(0, 99, 0, 2)])),
+        ValueError,
+        r"rectangles\[0\] must lie within the \d+ positions of the sequence, .* got \(0, 99, 0, 2",
+    ),
+    "prefixes of other documents": Wrong(
+        (VARLEN,),
+        given(mask=Prefix([1] * 9)),
+        ValueError,
+        "length of Prefix must have one length for each of the . documents, got 9",
+    ),
 }
 
 OPTIONS = {
@@ -265,7 +304,7 @@ OPTIONS = {
         ALL,
         given(exchange="bcast"),
         ValueError,
-        r"exchange must be one of \('direct', 'ring', 'all_gather'\), got 'bcast'",
+        re.escape(f"exchange must be one of {(*EXCHANGES,)}, got 'bcast'"),
     ),
     "exchange is a list": Wrong(
         ALL, given(exchange=["ring"]), ValueError, r"exchange must be one of .*, got \['ring'\]"

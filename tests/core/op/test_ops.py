@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nnscaler_ring import wrap_ring_attn_func, wrap_ring_attn_varlen_func, wrap_zigzag_attn_func
 from nnscaler_ring.core.op.options import Extras, Options, arguments_of, split_arguments
 from nnscaler_ring.core.plan.layout import LAYOUTS
-from nnscaler_ring.core.plan.tile import UNBOUNDED
+from nnscaler_ring.core.plan.masks import CAUSAL
 from nnscaler_ring.core.ranks.groups import group_string
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
 from tests.oracle import make_dout, make_qkv
@@ -31,8 +31,7 @@ def options_of(group: str = "", **fields: Any) -> tuple:
         "compute_layout": "contiguous",
         "compute_len": 8,
         "softmax_scale": 0.5,
-        "left": UNBOUNDED,
-        "right": 0,
+        "mask": CAUSAL.text,
         "softcap": 0.0,
         "bias_gradient": False,
         "dropout_p": 0.0,
@@ -47,8 +46,8 @@ def options_of(group: str = "", **fields: Any) -> tuple:
 
 
 def test_options_come_out_of_an_op_as_they_went_in():
-    names = ("op", "caller_layout", "compute_layout", "exchange", "kernel")
-    counts = ("compute_len", "left", "right", "first_batch", "first_head")
+    names = ("op", "caller_layout", "compute_layout", "mask", "exchange", "kernel")
+    counts = ("compute_len", "first_batch", "first_head")
     flags = ("bias_gradient", "same_seed", "deterministic")
     for true in (None, *flags):
         options = Options(

@@ -23,6 +23,7 @@ from nnscaler_ring.core.plan.layout import (
     Striped,
     Zigzag,
 )
+from nnscaler_ring.core.plan.masks import mask_of
 from nnscaler_ring.core.plan.schedule import (
     CAUSAL,
     FULL,
@@ -30,12 +31,14 @@ from nnscaler_ring.core.plan.schedule import (
     PairWork,
     Rows,
     Schedule,
+    Window,
     cut_rows,
     row_count,
 )
 from nnscaler_ring.core.plan.tile import UNBOUNDED, KernelCall, Tile, batched, trim
 from tests.core.plan.test_layout import tokens_of_layout
 from tests.core.plan.test_tile import assert_trimmed
+from tests.masks import examples, random_mask
 from tests.oracle import random_cu_seqlens, visible
 
 WINDOWS = (
@@ -78,18 +81,23 @@ class Problem:
 
 
 def dense_problem(
-    q_name: str, k_name: str, lens: Sequence[int], causal: bool, window: tuple[int, int]
+    q_name: str,
+    k_name: str,
+    lens: Sequence[int],
+    causal: bool,
+    window: tuple[int, int],
+    mask: str | None = None,
 ) -> Problem:
     return Problem(
         Schedule(
             LAYOUTS[q_name].for_shards(lens),
             LAYOUTS[k_name].for_shards(lens),
-            Mask.from_window(causal, window),
+            mask_of(mask) if mask else Window.from_window(causal, window),
         ),
         tokens_of_layout(q_name, lens),
         tokens_of_layout(k_name, lens),
-        {"causal": causal, "window_size": window},
-        f"{q_name} queries, {k_name} keys, {lens}, {causal=}, {window=}",
+        {"causal": causal, "window_size": window, "mask": mask},
+        f"{q_name} queries, {k_name} keys, {lens}, {causal=}, {window=}, {mask=}",
     )
 
 
@@ -102,17 +110,24 @@ def packed_problem(
     cu_k: tuple[int, ...],
     causal: bool,
     window: tuple[int, int],
+    mask: str | None = None,
 ) -> Problem:
     return Problem(
         Schedule(
             PackedDocuments(LAYOUTS[q_name].for_shards(lens, cu), cu, cu_k),
             PackedDocuments(LAYOUTS[k_name].for_shards(lens_k, cu_k), cu_k, cu_k),
-            Mask.from_window(causal, window),
+            mask_of(mask) if mask else Window.from_window(causal, window),
         ),
         tokens_of_layout(q_name, lens, cu),
         tokens_of_layout(k_name, lens_k, cu_k),
-        {"causal": causal, "window_size": window, "cu_seqlens_q": cu, "cu_seqlens_k": cu_k},
-        f"{q_name} {lens} {cu}, {k_name} {lens_k} {cu_k}, {causal=}, {window=}",
+        {
+            "causal": causal,
+            "window_size": window,
+            "mask": mask,
+            "cu_seqlens_q": cu,
+            "cu_seqlens_k": cu_k,
+        },
+        f"{q_name} {lens} {cu}, {k_name} {lens_k} {cu_k}, {causal=}, {window=}, {mask=}",
     )
 
 
@@ -128,8 +143,12 @@ def random_problems(seed: int, count: int, *, longest: int = 8) -> Iterator[Prob
         q_name = rng.choice(list(LAYOUTS))
         k_name = rng.choice((q_name, *LAYOUTS))
         causal, window = rng.choice(WINDOWS)
-        if rng.random() < 0.4:
-            yield dense_problem(q_name, k_name, lens, causal, window)
+        dense = rng.random() < 0.4
+        mask = None
+        if rng.random() < 0.5:
+            mask = random_mask(rng, sum(lens), packed=not dense).text
+        if dense:
+            yield dense_problem(q_name, k_name, lens, causal, window, mask)
             continue
         if rng.random() < 0.5:
             lens_k = lens
@@ -138,7 +157,7 @@ def random_problems(seed: int, count: int, *, longest: int = 8) -> Iterator[Prob
         cu_k = tuple(random_cu_seqlens(rng, sum(lens_k), documents).tolist())
         if lens_k == lens and rng.random() < 0.6:
             cu_k = cu
-        yield packed_problem(q_name, k_name, lens, lens_k, cu, cu_k, causal, window)
+        yield packed_problem(q_name, k_name, lens, lens_k, cu, cu_k, causal, window, mask)
 
 
 def paint(tiles: Iterable[Tile], rows: int, keys: int) -> Tensor:
@@ -230,6 +249,18 @@ def test_every_visible_pair_is_in_exactly_one_tile():
                 assert torch.equal(paint(tiles, *expected.shape), expected.int()), problem.what
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_examples_of_every_kind_of_mask_are_painted(name):
+    """A new kind of mask is here by itself."""
+    for mask in examples():
+        for lens in ([12] * 4, [48], [5, 0, 23, 20]):
+            problem = dense_problem(name, name, lens, False, (-1, -1), mask.text)
+            for rank in problem.ranks:
+                tiles = problem.schedule.tiles(rank, list(problem.ranks))
+                expected = problem.block(rank, problem.ranks)
+                assert torch.equal(paint(tiles, *expected.shape), expected.int()), problem.what
+
+
 def test_tiles_of_several_sources_number_the_keys_one_after_another():
     rng = random.Random(0)
     for problem in random_problems(2, 500):
@@ -303,10 +334,10 @@ def test_cut_rows_takes_rows_by_their_number():
 
 
 def test_masks_of_flash_attn_arguments():
-    assert Mask.from_window(False, (-1, -1)) == FULL
-    assert Mask.from_window(True, (-1, -1)) == CAUSAL == Mask.from_window(True, (-1, 7))
-    assert Mask.from_window(True, (5, 3)) == Mask(5, 0)
-    assert Mask.from_window(False, (5, 3)) == Mask(5, 3)
+    assert Window.from_window(False, (-1, -1)) == FULL
+    assert Window.from_window(True, (-1, -1)) == CAUSAL == Window.from_window(True, (-1, 7))
+    assert Window.from_window(True, (5, 3)) == Window(5, 0)
+    assert Window.from_window(False, (5, 3)) == Window(5, 3)
 
 
 # The usual cases are one kernel call a step.
@@ -402,7 +433,7 @@ def test_zigzag_causal_sends_three_quarters_of_a_ring(ranks):
 
 def test_a_window_needs_its_neighbour_only():
     layout = Contiguous((32,) * 4)
-    schedule = Schedule(layout, layout, Mask(left=10, right=0))
+    schedule = Schedule(layout, layout, Window(left=10, right=0))
     for rank in range(4):
         for source in range(4):
             expected = {0: ((0, 32),), 1: ((22, 32),)}.get(rank - source, ())
