@@ -117,25 +117,25 @@ def decode_attention(
             sinks=sinks is not None,
             key_positions=key_positions is not None,
         )
-    agree(group, call, OP, lambda: describe(call))
+    entered = agree(group, call, OP, lambda: describe(call), tag=tag_of(call))
     connect(group, q.device)
-    transport = transport_of(group, place, OP, tag_of(call))
-
-    lens = cache_lens.to(q.device, torch.int64)
-    if q.shape[1] > 1 or left >= 0 or alibi_slopes is not None:
-        everybodys = lens[None] if group == ALONE else transport.all_gather("partial", lens)
-        positions = _key_positions(k_cache, key_positions, everybodys[: place.block].sum(0))
-        last = torch.arange(q.shape[1], device=q.device) - q.shape[1]
-        of_queries = everybodys.sum(0)[:, None] + last
-    else:
-        # A single token sees every key, so that nobody need know where they stand.
-        positions = lens.new_zeros(k_cache.shape[:2])
-        of_queries = lens.new_zeros((len(lens), 1))
     slopes = None if alibi_slopes is None else alibi_slopes.expand(q.shape[0], -1)
-    reach = Reach(of_queries, scale, left, softcap, slopes)
-    out, lse = attend_to_cache(q, CachedKeys(k_cache, v_cache, lens, positions), reach)
-    if group != ALONE:
-        out, lse = _merged(out, lse, transport)
+    lens = cache_lens.to(q.device, torch.int64)
+    with entered:
+        transport = transport_of(group, place, entered)
+        if q.shape[1] > 1 or left >= 0 or slopes is not None:
+            everybodys = lens[None] if group == ALONE else transport.all_gather("partial", lens)
+            positions = _key_positions(k_cache, key_positions, everybodys[: place.block].sum(0))
+            last = torch.arange(q.shape[1], device=q.device) - q.shape[1]
+            of_queries = everybodys.sum(0)[:, None] + last
+        else:
+            # A single token sees every key, so that nobody need know where they stand.
+            positions = lens.new_zeros(k_cache.shape[:2])
+            of_queries = lens.new_zeros((len(lens), 1))
+        reach = Reach(of_queries, scale, left, softcap, slopes)
+        out, lse = attend_to_cache(q, CachedKeys(k_cache, v_cache, lens, positions), reach)
+        if group != ALONE:
+            out, lse = _merged(out, lse, transport)
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     out = out.to(q.dtype)

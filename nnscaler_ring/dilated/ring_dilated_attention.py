@@ -210,8 +210,9 @@ class RingDilatedAttention(nn.Module):
     def get_memory_info(self) -> dict[str, Any]:
         """What this module holds and can hold, measured now; docs/dilated.md has the keys."""
         latest = self._needs.latest()
+        how = EXCHANGES[self.exchange]
         return {
-            "memory_complexity": "O(n)" if self.exchange == "all_gather" else "O(n / ring_size)",
+            "memory_complexity": "O(n)" if how.holds_all_keys else "O(n / ring_size)",
             "ring_size": self.ring_size,
             "max_sequence_length": self._longest_sequence(latest),
             "qkv_buffers_cached": len(self._needs),
@@ -267,9 +268,10 @@ class RingDilatedAttention(nn.Module):
 
     def _optimizations(self) -> list[str]:
         enabled = ["scores are recomputed in the backward pass"]
-        if self.process_group is not None and self.exchange == "direct":
+        how = EXCHANGES[self.exchange]
+        if self.process_group is not None and not how.sends_whole_shards:
             enabled.append("only used rows of K and V travel")
-        if self.process_group is not None and self.exchange != "all_gather":
+        if self.process_group is not None and not how.holds_all_keys:
             enabled.append("communication overlaps computation")
         if self.enable_fault_tolerance:
             enabled.append("memory is reserved on all ranks before data moves")

@@ -1,4 +1,4 @@
-"""`RingTransformer`: the guide's language model, whose sequence a ring of ranks may share."""
+"""`RingTransformer`: a language model of dilated attention, whose sequence ranks may share."""
 
 from __future__ import annotations
 

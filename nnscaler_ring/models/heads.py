@@ -14,4 +14,6 @@ def to_heads(x: Tensor, linear: nn.Linear, num_heads: int) -> Tensor:
     """
     weight = linear.weight.view(num_heads, -1, linear.in_features)
     heads = torch.einsum("b t c, h d c -> b t h d", x, weight)
-    return heads if linear.bias is None else heads + linear.bias.view(num_heads, -1)
+    if linear.bias is None:
+        return heads
+    return heads + linear.bias.view(num_heads, -1).to(heads.dtype)  # shorter under autocast

@@ -1,4 +1,4 @@
-"""`RingAttentionModel`: the ring attention model of the Edifice library, in PyTorch."""
+"""`RingAttentionModel`: blocks of ring attention; the last timestep's vector is the result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class RingAttentionModel(nn.Module):
     and a GELU network of four times the width, pre-norm, with biases, dropout after each branch and
     between blocks; a final LayerNorm; the last timestep. There is no positional encoding.
 
-    Source: Edifice, `Edifice.Attention.RingAttention`; Liu et al., arXiv 2310.01889.
+    Source: Liu et al., arXiv 2310.01889. Structure and defaults are those of
+    `Edifice.Attention.RingAttention` (docs/origins.md).
     """
 
     def __init__(
@@ -194,6 +195,6 @@ class _Block(nn.Module):
 
 
 def init_dense(linear: nn.Linear) -> None:
-    """Axon's default for a dense layer: Glorot uniform weights, zero biases."""
+    """Glorot uniform weights and zero biases."""
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)

@@ -34,7 +34,11 @@ def rope_rotation(
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """x [batch, tokens, heads, head_dim] with channels n and n + head_dim / 2 turned as a pair."""
+    """x [batch, tokens, heads, head_dim] with channels n and n + head_dim / 2 turned as a pair.
+
+    In x's dtype, which autocast may have made shorter than the rotation's.
+    """
     cos, sin = rotation
     first, second = x.chunk(2, dim=3)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=3)
+    turned = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=3)
+    return turned.to(x.dtype)

@@ -29,7 +29,8 @@ class TransformerConfig:
     head_dim: int = 32
     hidden: int = 768  # of SwiGLU
     rope_base: float = 10_000.0
-    layout: str = "zigzag"
+    layout: str = "contiguous"
+    balanced: bool | None = None
     window: int | None = None
     dropout_p: float = 0.0
     exchange: str = "direct"
@@ -67,6 +68,7 @@ class Transformer(nn.Module):
                 num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
                 layout=config.layout,
+                balanced=config.balanced,
                 window=config.window,
                 dropout_p=config.dropout_p,
                 exchange=config.exchange,
@@ -100,7 +102,7 @@ class Transformer(nn.Module):
             positions = positions_of_shard(
                 ids.shape[1],
                 self.process_group,
-                layout="zigzag" if config.layout == "zigzag order" else "contiguous",
+                layout=config.layout,
                 shard_lens=shard_lens,
                 device=ids.device,
             )

@@ -108,6 +108,7 @@ def context_parallel_attention(
         exchange=exchange,
         kernel=kernel,
         deterministic=deterministic,
+        wants_gradient=wants_gradient(q, k, v, bias, sinks),
     )
     extras = Extras(
         cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks, seed_tensor(dropout_p, seed.seed)
@@ -116,6 +117,11 @@ def context_parallel_attention(
         return whole_op_attention(q, k, v, extras, options, return_lse=return_lse)
     out, softmax_lse, *_ = attention_op(q, k, v, *extras, *arguments_of(options))
     return (out, softmax_lse) if return_lse else out
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow, in which all ranks must then take part."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def dilated_attention(
@@ -172,6 +178,7 @@ def dilated_attention(
         exchange=exchange,
         kernel=kernel,
         chunks=chunks,
+        wants_gradient=wants_gradient(q, k, v),
     )
-    out, softmax_lse = dilated_attention_op(q, k, v, *options)
+    out, softmax_lse, _ = dilated_attention_op(q, k, v, *options)
     return (out, softmax_lse) if return_lse else out
