@@ -6,6 +6,7 @@ Importing this package imports torch and the standard library only.
 from typing import TYPE_CHECKING, Any
 
 from nnscaler_ring import dilated_attn, masks, ring_attn, ring_attn_varlen, zigzag_attn
+from nnscaler_ring.core.op import flops
 from nnscaler_ring.core.plan.dilation import HeadOffsets
 from nnscaler_ring.core.ranks.groups import Traffic, set_agreement_timeout, traffic
 from nnscaler_ring.core.scores.dropout import DropoutSeed
@@ -61,3 +62,4 @@ def __dir__() -> list[str]:
 
 
 register_when_imported()
+flops.register_when_imported()
