@@ -86,8 +86,9 @@ class AnyPythonWheel(bdist_wheel):
 CLI = ["click>=8.1", "rich>=13"]
 DEMO = [*CLI, "matplotlib>=3.8"]
 BENCH = [*CLI, "ring-attention-pytorch>=0.5.20"]
-# For examples/energy_forecasting: HTTP, and the time zones that a slim system lacks.
-ENERGY = [*DEMO, "requests>=2.32", "tzdata"]
+# For examples/energy_forecasting: HTTP, time zones that a slim system lacks, holidays, and the
+# baselines that its model is compared with.
+ENERGY = [*DEMO, "requests>=2.32", "tzdata", "holidays>=0.50", "scikit-learn>=1.5"]
 # transformers 4.57 has the attention interface in all models that are supported.
 HF = ["accelerate>=1.10", "transformers>=4.57"]
 # pytest-xdist: two workers, as tests with ranks wait more than they compute. triton: the fused
