@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nnscaler_ring.core.ranks.agreement import refusing_together
 from nnscaler_ring.core.ranks.groups import group_string
+from nnscaler_ring.core.ranks.kept_group import kept_group
 from nnscaler_ring.core.ranks.ring_size import check_ring_size
 from nnscaler_ring.models.heads import to_heads
 from nnscaler_ring.models.last_token import last_token
@@ -32,6 +33,8 @@ class RingAttentionModel(nn.Module):
     Source: Liu et al., arXiv 2310.01889. Structure and defaults are those of
     `Edifice.Attention.RingAttention` (docs/origins.md).
     """
+
+    process_group = kept_group()
 
     def __init__(
         self,
@@ -156,6 +159,8 @@ class RingAttentionModel(nn.Module):
 
 class _Block(nn.Module):
     """One ring attention block; q, k and v come from one projection."""
+
+    process_group = kept_group()
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from nnscaler_ring.core.ranks.kept_group import kept_group
 from nnscaler_ring.core.ranks.ring_size import check_ring_size
 from nnscaler_ring.models.heads import to_heads
 from nnscaler_ring.models.local_ring import local_ring_attention
@@ -43,6 +44,8 @@ class SelfAttention(nn.Module):
 
     Source: Ainslie et al., "GQA", arXiv 2305.13245.
     """
+
+    process_group = kept_group()
 
     def __init__(
         self,

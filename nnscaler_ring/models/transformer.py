@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from nnscaler_ring.core.ranks.kept_group import kept_group
 from nnscaler_ring.models.decoder_layer import DecoderLayer
 from nnscaler_ring.models.rms_norm import RMSNorm
 from nnscaler_ring.models.rope import rope_rotation
@@ -49,6 +50,8 @@ class Transformer(nn.Module):
 
     Source: Touvron et al., "LLaMA", arXiv 2302.13971.
     """
+
+    process_group = kept_group()
 
     def __init__(
         self,
