@@ -10,6 +10,8 @@ from nnscaler_ring.core.op import flops
 from nnscaler_ring.core.plan.dilation import HeadOffsets
 from nnscaler_ring.core.ranks.groups import Traffic, set_agreement_timeout, traffic
 from nnscaler_ring.core.scores.dropout import DropoutSeed
+from nnscaler_ring.decode_attn import decode_attention
+from nnscaler_ring.merge_attn import merge_attention
 from nnscaler_ring.nnscaler_hook import register_when_imported
 from nnscaler_ring.zigzag_attn import zigzag_positions, zigzag_shard, zigzag_unshard
 
@@ -25,7 +27,9 @@ __all__ = [
     "DropoutSeed",
     "HeadOffsets",
     "Traffic",
+    "decode_attention",
     "masks",
+    "merge_attention",
     "set_agreement_timeout",
     "traffic",
     "wrap_dilated_attn_func",

@@ -56,6 +56,7 @@ class Traffic:
     gradient_bytes: int = 0
     relayout_bytes: int = 0
     seed_bytes: int = 0
+    partial_bytes: int = 0
     messages: int = 0
 
     @property
@@ -67,6 +68,7 @@ class Traffic:
             + self.gradient_bytes
             + self.relayout_bytes
             + self.seed_bytes
+            + self.partial_bytes
         )
 
     def __sub__(self, earlier: Traffic) -> Traffic:
@@ -379,6 +381,16 @@ def find_place(string: str) -> Place:
     order = string.partition(":")[2]
     members = tuple(map(int, order.split(","))) if order else tuple(range(group.size()))
     return Place(group, members, members.index(group.rank()))
+
+
+def block_and_world_size(string: str) -> tuple[int, int]:
+    """What `find_place` says, in integers, which torch.compile takes for constants."""
+    place = find_place(string)
+    return place.block, place.world_size
+
+
+# As for _string_of_ranks.
+block_and_world_size._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def traffic(process_group: ProcessGroupLike | None = None) -> Traffic:
