@@ -176,4 +176,5 @@ def _relayout(
         return x
     everybody = lens or [x.shape[dim]] * place.world_size
     new_len = LAYOUTS[target].for_shards(everybody).shard_lens[place.block]
-    return relayout_op(x, dim, op, group, lens, source, target, new_len)
+    moved, _ = relayout_op(x, None, dim, op, group, lens, source, target, new_len)
+    return moved

@@ -17,6 +17,7 @@ from nnscaler_ring.core.op.checks import check_branches, check_head_offsets, che
 from nnscaler_ring.core.plan.dilation import HeadOffsets
 from nnscaler_ring.core.ranks.agreement import refusing_together
 from nnscaler_ring.core.ranks.groups import Place, find_place, group_string, traffic
+from nnscaler_ring.core.ranks.kept_group import kept_group
 from nnscaler_ring.core.ranks.ring_size import check_ring_size
 from nnscaler_ring.core.sizes import Sizes
 from nnscaler_ring.dilated.arguments import refuse_unless, refuse_unless_none
@@ -64,6 +65,8 @@ class RingDilatedAttention(nn.Module):
 
     Source: Ding et al., "LongNet", arXiv 2307.02486.
     """
+
+    process_group = kept_group()
 
     def __init__(
         self,

@@ -1,9 +1,11 @@
 """Calls that may fail, on one device or on a rank, and how they ended."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,6 +16,7 @@ from nnscaler_ring import (
     wrap_ring_attn_func,
     wrap_ring_attn_varlen_func,
 )
+from nnscaler_ring.core.ranks.calls import Calls, Pass
 from nnscaler_ring.core.ranks.groups import group_of, group_state, group_string
 from tests.oracle import make_qkv
 
@@ -57,6 +60,21 @@ def arguments(op: Callable[..., Any], world_size: int = 1) -> dict[str, Any]:
 def warm_up() -> None:
     """Torch's first call of a custom op imports seconds' worth of modules."""
     wrap_ring_attn_func(**arguments(wrap_ring_attn_func))
+
+
+@contextmanager
+def all_calls_have_one_number() -> Iterator[None]:
+    """For opcheck, which compares all results of an op in several calls."""
+    begin = Calls.begin
+
+    def begin_first(*args: Any, **kwargs: Any) -> Pass:
+        made = begin(*args, **kwargs)
+        made.number = 1
+        return made
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Calls, "begin", begin_first)
+        yield
 
 
 def line_up(ranks: list[int]) -> None:

@@ -110,3 +110,30 @@ class TwoCalls(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return wrap_ring_attn_func(q, k, v) + wrap_ring_attn_func(q, v, k, causal=False)
+
+
+class Autocast(nn.Module):
+    """A linear layer and attention in bf16 by autocast, then float32."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device_type, dtype=torch.bfloat16):
+            heads = self.linear(x).view(-1, TOKENS, 4, 4)
+            out = wrap_ring_attn_func(heads, heads, heads).flatten(2)
+        return out.float() * 2
+
+
+class Gathering(nn.Module):
+    """An op that nnScaler does not know, twice in one line, and attention to what it gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        out = wrap_ring_attn_func(x, x, x)
+        for _ in range(2):
+            y = torch.log_softmax(x, dim=-1)
+            out = out + y
+        return out + wrap_ring_attn_func(y, y, y)

@@ -236,7 +236,7 @@ def alone(schedule: Schedule) -> Program:
 def performed(actions: Iterable[Action], *, in_order: bool) -> Iterator[Action]:
     """The actions under one rule: `in_order` as NCCL matches. Note [Two rules of matching]."""
     other = "kinds" if in_order else "order"
-    return (a for a in actions if not (isinstance(a, Post) and a.only == other))
+    return (a for a in actions if type(a) is not Post or a.only != other)
 
 
 def rows_at_once(program: Program, *, backward: bool) -> int:

@@ -19,7 +19,7 @@ from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.ranks.agreement import refusing_together
 from nnscaler_ring.core.ranks.groups import (
     ALONE,
-    find_place,
+    block_and_world_size,
     group_string,
     mesh_place,
     mesh_strings,
@@ -120,6 +120,7 @@ def context_parallel_attention(
         exchange=exchange,
         kernel=kernel,
         deterministic=deterministic,
+        wants_gradient=wants_gradient(q, k, v, bias, sinks),
     )
     extras = Extras(
         cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks, seed_tensor(dropout_p, seed.seed)
@@ -139,6 +140,11 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     out, softmax_lse, *_ = attention_op(q, k, v, *extras, *arguments_of(options))
     return out, softmax_lse
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow, in which all ranks must then take part."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def dilated_attention(
@@ -179,7 +185,7 @@ def dilated_attention(
         offsets = checks.check_head_offsets(head_offsets, k.shape[-2])
         assert offsets.num_kv_heads is not None, offsets  # filled in there
         if shard_lens is not None:
-            world_size = find_place(group).world_size
+            _, world_size = block_and_world_size(group)
             shard_lens = checks.check_shard_lens("shard_lens", shard_lens, world_size)
     options = DilatedOptions(
         op=op,
@@ -195,6 +201,7 @@ def dilated_attention(
         exchange=exchange,
         kernel=kernel,
         chunks=chunks,
+        wants_gradient=wants_gradient(q, k, v),
     )
-    out, softmax_lse = dilated_attention_op(q, k, v, *options)
+    out, softmax_lse, _ = dilated_attention_op(q, k, v, *options)
     return (out, softmax_lse) if return_lse else out

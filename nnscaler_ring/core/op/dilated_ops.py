@@ -17,6 +17,7 @@ from nnscaler_ring.core.op.prepare import lens_of_blocks, transport_of
 from nnscaler_ring.core.plan.dilation import Branch, HeadOffsets
 from nnscaler_ring.core.plan.schedule import CAUSAL, FULL
 from nnscaler_ring.core.ranks.agreement import agree, refusing_together
+from nnscaler_ring.core.ranks.calls import Pass
 from nnscaler_ring.core.ranks.groups import find_place
 from nnscaler_ring.core.ranks.transport import Transport, connect
 from nnscaler_ring.core.shape import AttentionShape
@@ -43,21 +44,23 @@ class DilatedOptions(NamedTuple):
     exchange: str
     kernel: str
     chunks: int = 1
+    wants_gradient: bool = False
 
 
 OPTIONS_SCHEMA = (
     "str op, str group, SymInt[]? shard_lens, int[] segment_lengths, int[] dilation_rates, "
     "bool causal, str head_offsets, int first_kv_head, SymInt all_kv_heads, float softmax_scale, "
-    "str exchange, str kernel, int chunks"
+    "str exchange, str kernel, int chunks, bool wants_gradient"
 )
 
 FORWARD_SCHEMA = (
-    f"(Tensor q, Tensor k, Tensor v, {OPTIONS_SCHEMA}) -> (Tensor out, Tensor softmax_lse)"
+    f"(Tensor q, Tensor k, Tensor v, {OPTIONS_SCHEMA}) -> "
+    "(Tensor out, Tensor softmax_lse, Tensor number)"
 )
 
 BACKWARD_SCHEMA = (
     "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-    f"{OPTIONS_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)"
+    f"Tensor number, {OPTIONS_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 
@@ -93,19 +96,22 @@ def plan_dilated(call: DilatedCall, block: int) -> DilatedPlan:
 
 
 @torch.library.custom_op("nnscaler_ring::dilated_attention", mutates_args=(), schema=FORWARD_SCHEMA)
-def dilated_attention_op(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Dilated attention of this rank's contiguous shards: see FORWARD_SCHEMA."""
+def dilated_attention_op(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """Dilated attention of this rank's contiguous shards, and the number of the call on the CPU."""
     run = _prepare(q, k, v, DilatedOptions(*others))
-    return dilated_forward(q, k, v, transport=run.transport("forward"), **run.how())
+    with run.entered:
+        results = dilated_forward(q, k, v, transport=run.transport(), **run.how())
+        return *results, torch.full((1,), run.entered.number)
 
 
 @dilated_attention_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
     batch, tokens, num_heads, _ = q.shape
     lse_dtype = accumulation_dtype(q.dtype)
     return (
         q.new_empty(batch, tokens, num_heads, v.shape[-1]),
         q.new_empty(batch, num_heads, tokens, dtype=lse_dtype),
+        torch.empty(1, dtype=torch.int64),
     )
 
 
@@ -120,21 +126,23 @@ def dilated_attention_backward_op(
     v: Tensor,
     out: Tensor,
     softmax_lse: Tensor,
+    number: Tensor,
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of this rank's rows."""
-    run = _prepare(q, k, v, DilatedOptions(*others))
-    return dilated_backward(
-        torch.zeros_like(out) if dout is None else dout,
-        None if dlse is None else dlse.to(softmax_lse.dtype),
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        transport=run.transport("backward"),
-        **run.how(),
-    )
+    run = _prepare(q, k, v, DilatedOptions(*others), int(number.item()))
+    with run.entered:
+        return dilated_backward(
+            torch.zeros_like(out) if dout is None else dout,
+            None if dlse is None else dlse.to(softmax_lse.dtype),
+            q,
+            k,
+            v,
+            out,
+            softmax_lse,
+            transport=run.transport(),
+            **run.how(),
+        )
 
 
 @dilated_attention_backward_op.register_fake
@@ -146,11 +154,14 @@ def _(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     rest = (None,) * len(ctx.options)
     if dout is None and dlse is None:
         return (None, None, None, *rest)
@@ -168,12 +179,12 @@ class _Run(NamedTuple):
     call: DilatedCall
     block: int
     kernel: AttentionKernel
+    entered: Pass
 
-    def transport(self, direction: str) -> Transport:
-        """For the messages of one pass."""
+    def transport(self) -> Transport:
+        """For the messages of the pass."""
         group = self.options.group
-        op = f"{self.options.op} {direction}"
-        return transport_of(group, find_place(group), op, tag_of(self.call))
+        return transport_of(group, find_place(group), self.entered)
 
     def how(self) -> dict[str, Any]:
         """The keyword arguments of both passes."""
@@ -185,8 +196,13 @@ class _Run(NamedTuple):
         }
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, options: DilatedOptions) -> _Run:
-    """Plan the call and agree on it with the other ranks; nothing has moved before that."""
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, options: DilatedOptions, number: int | None = None
+) -> _Run:
+    """Plan the call and agree on it with the other ranks; nothing has moved before that.
+
+    `number`: of the call whose backward pass this is; None in the forward pass.
+    """
     place = find_place(options.group)
     with refusing_together(options.group, options.op):
         call = DilatedCall(
@@ -206,6 +222,17 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, options: DilatedOptions) -> _Run:
         )
         kernel = select_kernel(call.kernel, Problem.of(call.shape))
         plan_dilated(call, place.block)
-    agree(options.group, call, options.op, lambda: describe(call))
+    entered = agree(
+        options.group,
+        (call, options.wants_gradient),
+        options.op,
+        lambda: {**describe(call), "wants_gradient": str(options.wants_gradient)},
+        tag=_tag_of(call),
+        direction="forward" if number is None else "backward",
+        number=number,
+    )
     connect(options.group, q.device)
-    return _Run(options, call, place.block, kernel)
+    return _Run(options, call, place.block, kernel, entered)
+
+
+_tag_of = lru_cache(maxsize=256)(tag_of)

@@ -50,6 +50,15 @@ class HeadsCall:
     to_rows: bool
 
 
+@dataclass(frozen=True)
+class SeedCall:
+    """One choice of a dropout seed, the same on all ranks of the row."""
+
+    op: str
+    block_order: tuple[int, ...]
+    must_be_same: bool
+
+
 def share_text(shares: Sequence[Heads]) -> str:
     """The heads of every rank as the op takes them: "0,1|2,3"."""
     return "|".join(",".join(map(str, heads)) for heads in shares)
@@ -96,11 +105,12 @@ def exchange_heads_op(
             shares=shares,
             to_rows=to_rows,
         )
-    agree(group, call, op, lambda: describe(call))
+    entered = agree(group, call, op, lambda: describe(call), tag=tag_of(call))
     connect(group, x.device)
-    transport = transport_of(group, place, op, tag_of(call))
-    move = _to_rows if to_rows else _to_heads
-    moved = move(x.movedim((row_dim, head_dim), (0, 1)), call, place, transport, new_heads)
+    with entered:
+        transport = transport_of(group, place, entered)
+        move = _to_rows if to_rows else _to_heads
+        moved = move(x.movedim((row_dim, head_dim), (0, 1)), call, place, transport, new_heads)
     return moved.movedim((0, 1), (row_dim, head_dim)).contiguous()
 
 
@@ -174,8 +184,13 @@ exchange_heads_op.register_autograd(_heads_gradient, setup_context=_save_heads)
 )
 def row_seed_op(seed: Tensor, op: str, group: str, must_be_same: bool) -> Tensor:
     """The dropout seed of the first rank of a row, for all of them."""
-    transport = transport_of(group, find_place(group), op, tag_of((op, "row_seed")))
-    agreed = agreed_seed(seed, transport, seed.device, must_be_same=must_be_same)
+    place = find_place(group)
+    call = SeedCall(op, place.members, must_be_same)
+    entered = agree(group, call, op, lambda: describe(call), tag=tag_of(call))
+    connect(group, seed.device)
+    with entered:
+        transport = transport_of(group, place, entered)
+        agreed = agreed_seed(seed, transport, seed.device, must_be_same=must_be_same)
     assert agreed is not None, seed
     return agreed.clone()
 

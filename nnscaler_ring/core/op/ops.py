@@ -28,15 +28,17 @@ from nnscaler_ring.core.sums.online_softmax import accumulation_dtype
 
 FORWARD_SCHEMA = (
     f"(Tensor q, Tensor k, Tensor v, {EXTRAS_SCHEMA}, {OPTIONS_SCHEMA}) -> "
-    "(Tensor out, Tensor softmax_lse, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor out, Tensor softmax_lse, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+    "Tensor)"
 )
-"""The last seven are for the backward pass: the seed that the ranks agreed on; and q, k, v, out,
-softmax_lse, bias in `compute_layout`. They are empty where there is no dropout, no bias, or where
-`compute_layout` is the caller's layout."""
+"""The last eight are for the backward pass: the seed that the ranks agreed on; the number of the
+call, int64 [1] on the CPU; and q, k, v, out, softmax_lse, bias in `compute_layout`. They are empty,
+but for the number, where there is no dropout, no bias, or where `compute_layout` is the caller's
+layout."""
 
 BACKWARD_SCHEMA = (
     "(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-    f"{EXTRAS_SCHEMA}, {OPTIONS_SCHEMA}) -> "
+    f"Tensor number, {EXTRAS_SCHEMA}, {OPTIONS_SCHEMA}) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 
@@ -46,34 +48,36 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor,
     """Attention of q, k, v as the caller holds them, dense or packed: see FORWARD_SCHEMA."""
     extras, options = split_arguments(others)
     run = prepare(q.shape[-3], q, k, v, extras, options)
-    transport = run.transport("forward")
-    packed = q.dim() == 3
-    seed = agreed_seed(extras.dropout_seed, transport, q.device, must_be_same=options.same_seed)
-    q, k, v = _dense(packed, q, k, v)
-    bias = _dense_bias(packed, extras.bias)
-    moves = run.plan.moves_in
-    if moves is not None:
-        q, k, v, *moved_bias = move_rows(
-            [(q, 1), (k, 1), (v, 1), *([] if bias is None else [(bias, 2)])], moves, transport
+    with run.entered:
+        transport = run.transport()
+        packed = q.dim() == 3
+        seed = agreed_seed(extras.dropout_seed, transport, q.device, must_be_same=options.same_seed)
+        q, k, v = _dense(packed, q, k, v)
+        bias = _dense_bias(packed, extras.bias)
+        moves = run.plan.moves_in
+        if moves is not None:
+            q, k, v, *moved_bias = move_rows(
+                [(q, 1), (k, 1), (v, 1), *([] if bias is None else [(bias, 2)])], moves, transport
+            )
+            bias = moved_bias[0] if moved_bias else None
+        out, lse = attention_forward(
+            q,
+            k,
+            v,
+            exchange=Performance(run.plan.program, transport),
+            kernel=run.kernel,
+            scores=run.scores(extras, bias, seed),
+            sinks=extras.sinks,
         )
-        bias = moved_bias[0] if moved_bias else None
-    out, lse = attention_forward(
-        q,
-        k,
-        v,
-        exchange=Performance(run.plan.program, transport),
-        kernel=run.kernel,
-        scores=run.scores(extras, bias, seed),
-        sinks=extras.sinks,
-    )
-    seed = q.new_empty(0, dtype=torch.int64) if seed is None else seed.clone()
-    if run.plan.moves_out is None:
-        out, lse = _as_given(packed, out, lse)
-        return out, lse, seed, *_nothing(q, k, v, out, lse, bias)
-    results = move_rows([(out, 1), (lse, 2)], run.plan.moves_out, transport)
-    bias = q.new_empty(0) if bias is None else bias
-    moved = _as_given(packed, *results, q, k, v, out, lse, bias)
-    return moved[0], moved[1], seed, *moved[2:]
+        number = torch.full((1,), run.entered.number)
+        seed = q.new_empty(0, dtype=torch.int64) if seed is None else seed.clone()
+        if run.plan.moves_out is None:
+            out, lse = _as_given(packed, out, lse)
+            return out, lse, seed, number, *_nothing(q, k, v, out, lse, bias)
+        results = move_rows([(out, 1), (lse, 2)], run.plan.moves_out, transport)
+        bias = q.new_empty(0) if bias is None else bias
+        moved = _as_given(packed, *results, q, k, v, out, lse, bias)
+        return moved[0], moved[1], seed, number, *moved[2:]
 
 
 @attention_op.register_fake
@@ -84,14 +88,16 @@ def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
     out = q.new_empty(*batch, tokens, num_heads, v.shape[-1])
     lse = q.new_empty(*batch, num_heads, tokens, dtype=lse_dtype)
     seed = q.new_empty([0] if extras.dropout_seed is None else [], dtype=torch.int64)
+    number = torch.empty(1, dtype=torch.int64)
     bias = extras.bias
     if options.caller_layout == options.compute_layout:
-        return out, lse, seed, *_nothing(q, k, v, out, lse, bias)
+        return out, lse, seed, number, *_nothing(q, k, v, out, lse, bias)
     rows = options.compute_len
     return (
         out,
         lse,
         seed,
+        number,
         q.new_empty(*batch, rows, num_heads, head_dim),
         k.new_empty(*batch, rows, *k.shape[-2:]),
         v.new_empty(*batch, rows, *v.shape[-2:]),
@@ -112,46 +118,50 @@ def attention_backward_op(
     v: Tensor,
     out: Tensor,
     softmax_lse: Tensor,
+    number: Tensor,
     *others: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients in the caller's layout; q, k, v, out, softmax_lse, bias come in compute_layout."""
     extras, options = split_arguments(others)
     rows = _query_rows(dout, dlse)
-    run = prepare(rows, q, k, v, extras, options, lse_gradient=dlse is not None)
-    transport = run.transport("backward")
-    packed = q.dim() == 3
-    if dout is None:
-        dout = out.new_zeros(*out.shape[:-3], rows, *out.shape[-2:])
-    dout, q, k, v, out, softmax_lse = _dense(packed, dout, q, k, v, out, softmax_lse)
-    if dlse is not None:
-        (dlse,) = _dense(packed, dlse.to(softmax_lse.dtype))
-    if run.plan.moves_in is not None:
-        tensors = [(dout, 1)] if dlse is None else [(dout, 1), (dlse, 2)]
-        dout, *moved_dlse = move_rows(tensors, run.plan.moves_in, transport)
-        dlse = moved_dlse[0] if moved_dlse else None
-    bias = _dense_bias(packed, extras.bias)
-    dq, dk, dv, dbias, dsinks = attention_backward(
-        BackwardTensors(dout, dlse, q, k, v, out, softmax_lse),
-        exchange=Performance(run.plan.program, transport),
-        kernel=run.kernel,
-        scores=run.scores(extras, bias, extras.dropout_seed),
-        sinks=extras.sinks,
+    run = prepare(
+        rows, q, k, v, extras, options, lse_gradient=dlse is not None, number=int(number.item())
     )
-    if dbias is not None and bias is not None:
-        dbias = dbias.to(bias.dtype)
-    if run.plan.moves_out is not None:
-        tensors = [(dq, 1), (dk, 1), (dv, 1), *([] if dbias is None else [(dbias, 2)])]
-        dq, dk, dv, *moved_dbias = move_rows(tensors, run.plan.moves_out, transport)
-        dbias = moved_dbias[0] if moved_dbias else None
-    dq, dk, dv = _as_given(packed, dq, dk, dv)
-    dbias = q.new_empty(0) if dbias is None else dbias
-    return (
-        dq,
-        dk,
-        dv,
-        dbias.squeeze(0) if packed and dbias.numel() else dbias,
-        q.new_empty(0) if dsinks is None else dsinks,
-    )
+    with run.entered:
+        transport = run.transport()
+        packed = q.dim() == 3
+        if dout is None:
+            dout = out.new_zeros(*out.shape[:-3], rows, *out.shape[-2:])
+        dout, q, k, v, out, softmax_lse = _dense(packed, dout, q, k, v, out, softmax_lse)
+        if dlse is not None:
+            (dlse,) = _dense(packed, dlse.to(softmax_lse.dtype))
+        if run.plan.moves_in is not None:
+            tensors = [(dout, 1)] if dlse is None else [(dout, 1), (dlse, 2)]
+            dout, *moved_dlse = move_rows(tensors, run.plan.moves_in, transport)
+            dlse = moved_dlse[0] if moved_dlse else None
+        bias = _dense_bias(packed, extras.bias)
+        dq, dk, dv, dbias, dsinks = attention_backward(
+            BackwardTensors(dout, dlse, q, k, v, out, softmax_lse),
+            exchange=Performance(run.plan.program, transport),
+            kernel=run.kernel,
+            scores=run.scores(extras, bias, extras.dropout_seed),
+            sinks=extras.sinks,
+        )
+        if dbias is not None and bias is not None:
+            dbias = dbias.to(bias.dtype)
+        if run.plan.moves_out is not None:
+            tensors = [(dq, 1), (dk, 1), (dv, 1), *([] if dbias is None else [(dbias, 2)])]
+            dq, dk, dv, *moved_dbias = move_rows(tensors, run.plan.moves_out, transport)
+            dbias = moved_dbias[0] if moved_dbias else None
+        dq, dk, dv = _as_given(packed, dq, dk, dv)
+        dbias = q.new_empty(0) if dbias is None else dbias
+        return (
+            dq,
+            dk,
+            dv,
+            dbias.squeeze(0) if packed and dbias.numel() else dbias,
+            q.new_empty(0) if dsinks is None else dsinks,
+        )
 
 
 @attention_backward_op.register_fake
@@ -163,6 +173,7 @@ def _(
     v: Tensor,
     out: Tensor,
     softmax_lse: Tensor,
+    number: Tensor,
     *others: Any,
 ) -> tuple[Tensor, ...]:
     extras, options = split_arguments(others)
@@ -180,7 +191,7 @@ def _(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, *others = inputs
-    out, softmax_lse, seed, *moved = output
+    out, softmax_lse, seed, number, *moved = output
     extras, options = split_arguments(others)
     if extras.dropout_seed is not None:
         extras = extras._replace(dropout_seed=seed)
@@ -189,7 +200,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
         if extras.bias is not None:
             extras = extras._replace(bias=bias)
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(q, k, v, out, softmax_lse, *extras)
+    ctx.save_for_backward(q, k, v, out, softmax_lse, number, *extras)
     ctx.options = options
     ctx.set_materialize_grads(False)
 
@@ -203,7 +214,7 @@ def _attention_gradients(
         return (None,) * (3 + len(Extras._fields)) + rest
     saved = ctx.saved_tensors  # once: a checkpoint gives them out once
     dq, dk, dv, dbias, dsinks = attention_backward_op(dout, dlse, *saved, *options)
-    sinks = Extras(*saved[5:]).sinks
+    sinks = Extras(*saved[6:]).sinks
     given = Extras(
         bias=dbias if ctx.options.bias_gradient else None,
         sinks=None if sinks is None else dsinks,

@@ -18,7 +18,8 @@ class Options(NamedTuple):
     """What an attention op takes beside its tensors.
 
     `shard_lens` None: equal shards. `compute_len`: this rank's query rows in `compute_layout`.
-    `mask`: its text. `bias_gradient`: bias wants one.
+    `mask`: its text. `bias_gradient`: bias wants one;
+    `wants_gradient`: any of the tensors does, so that a backward pass may follow.
     `same_seed`: the caller gave dropout_seed, so all ranks must hold the same. `first_batch` and
     `first_head`: as in `DropoutSeed`.
     """
@@ -41,6 +42,7 @@ class Options(NamedTuple):
     exchange: str
     kernel: str
     deterministic: bool
+    wants_gradient: bool
 
 
 OPTIONS_SCHEMA = (
@@ -49,7 +51,7 @@ OPTIONS_SCHEMA = (
 )
 
 NAMES = ("op", "caller_layout", "compute_layout", "mask", "exchange", "kernel")
-FLAGS = ("bias_gradient", "same_seed", "deterministic")
+FLAGS = ("bias_gradient", "same_seed", "deterministic", "wants_gradient")
 COUNTS = ("compute_len", "first_batch", "first_head")
 
 

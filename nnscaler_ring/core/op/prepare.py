@@ -14,6 +14,7 @@ from nnscaler_ring.core.op.documents import documents_of, total_of
 from nnscaler_ring.core.op.options import Extras, Options
 from nnscaler_ring.core.plan.masks import mask_of
 from nnscaler_ring.core.ranks.agreement import agree, refusing_together
+from nnscaler_ring.core.ranks.calls import Pass
 from nnscaler_ring.core.ranks.groups import ALONE, Place, find_place, group_state
 from nnscaler_ring.core.ranks.transport import Transport, connect
 from nnscaler_ring.core.scores.dropout import Dropout
@@ -22,17 +23,17 @@ from nnscaler_ring.core.shape import AttentionShape
 
 
 class Run(NamedTuple):
-    """An attention call on this rank, agreed on and ready to go."""
+    """One pass of an attention call on this rank, agreed on and ready to go."""
 
     place: Place
     plan: Plan
     kernel: AttentionKernel
     options: Options
+    entered: Pass
 
-    def transport(self, direction: str) -> Transport:
-        """For the messages of one pass."""
-        op = f"{self.options.op} {direction}"
-        return transport_of(self.options.group, self.place, op, self.plan.tag)
+    def transport(self) -> Transport:
+        """For the messages of the pass."""
+        return transport_of(self.options.group, self.place, self.entered)
 
     def scores(self, extras: Extras, bias: Tensor | None, seed: Tensor | None) -> Scores:
         """For one pass; bias [batch or 1, num_heads or 1, computed rows, all keys]."""
@@ -61,20 +62,30 @@ def prepare(
     options: Options,
     *,
     lse_gradient: bool | None = None,
+    number: int | None = None,
 ) -> Run:
     """Plan the call and agree on it with the other ranks; nothing has moved before that.
 
     `rows`: this rank's query rows as the caller holds them; q may have them as computed.
     `lse_gradient`: whether a gradient of softmax_lse comes in; None in the forward pass.
+    `number`: of the call whose backward pass this is; None in the forward pass.
     """
     place = find_place(options.group)
     with refusing_together(options.group, options.op):
         call = call_of(rows, q, k, v, extras, options, place, lse_gradient)
         kernel = select_kernel(options.kernel, _problem(call))
         plan = plan_call(call, place.block)
-    agree(options.group, call, options.op, lambda: describe(call))
+    entered = agree(
+        options.group,
+        (call, options.wants_gradient),
+        options.op,
+        lambda: {**describe(call), "wants_gradient": str(options.wants_gradient)},
+        tag=plan.tag,
+        direction="forward" if number is None else "backward",
+        number=number,
+    )
     connect(options.group, q.device)
-    return Run(place, plan, kernel, options)
+    return Run(place, plan, kernel, options, entered)
 
 
 def call_of(
@@ -149,6 +160,9 @@ def lens_of_blocks(
     return tuple(lens)
 
 
-def transport_of(group: str, place: Place, op: str, tag: int) -> Transport:
+def transport_of(group: str, place: Place, entered: Pass) -> Transport:
     """For the messages of one pass over a group."""
-    return Transport(place, None if group == ALONE else group_state(group).traffic, op, tag)
+    traffic = None if group == ALONE else group_state(group).traffic
+    return Transport(
+        place, traffic, f"{entered.op} {entered.direction}", entered.tag, entered=entered
+    )

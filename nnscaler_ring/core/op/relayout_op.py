@@ -16,14 +16,15 @@ from nnscaler_ring.core.ranks.relayout import move_rows
 from nnscaler_ring.core.ranks.transport import connect
 
 RELAYOUT_SCHEMA = (
-    "(Tensor x, int dim, str op, str group, SymInt[]? shard_lens, str source, str target, "
-    "SymInt new_len) -> Tensor"
+    "(Tensor x, Tensor? number, int dim, str op, str group, SymInt[]? shard_lens, str source, "
+    "str target, SymInt new_len) -> (Tensor, Tensor)"
 )
 
 
 @torch.library.custom_op("nnscaler_ring::relayout", mutates_args=(), schema=RELAYOUT_SCHEMA)
 def relayout_op(
     x: Tensor,
+    number: Tensor | None,
     dim: int,
     op: str,
     group: str,
@@ -31,10 +32,12 @@ def relayout_op(
     source: str,
     target: str,
     new_len: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """x with its rows along `dim`, `new_len` afterwards, as the target layout has them.
 
-    `shard_lens` are the lengths of the contiguous shards, whichever side is contiguous.
+    `number`: of the call whose backward pass this is, int64 [1]; None for a call of its own.
+    `shard_lens` are the lengths of the contiguous shards, whichever side is contiguous. The second
+    result is the number of the call, on the CPU.
     """
     place = find_place(group)
     with refusing_together(group, op):
@@ -50,25 +53,39 @@ def relayout_op(
             target=target,
         )
         plan = plan_relayout(call, place.block, x.shape[dim])
-    agree(group, call, op, lambda: describe(call))
+    entered = agree(
+        group,
+        call,
+        op,
+        lambda: describe(call),
+        tag=plan.tag,
+        direction="forward" if number is None else "backward",
+        number=None if number is None else int(number.item()),
+    )
     connect(group, x.device)
-    return move_rows([(x, dim)], plan.moves, transport_of(group, place, op, plan.tag))[0]
+    with entered:
+        (moved,) = move_rows([(x, dim)], plan.moves, transport_of(group, place, entered))
+    return moved, torch.full((1,), entered.number)
 
 
 @relayout_op.register_fake
-def _(x: Tensor, dim: int, *options: Any) -> Tensor:
-    return x.new_empty(*x.shape[:dim], options[-1], *x.shape[dim + 1 :])
+def _(x: Tensor, number: Tensor | None, dim: int, *options: Any) -> tuple[Tensor, Tensor]:
+    moved = x.new_empty(*x.shape[:dim], options[-1], *x.shape[dim + 1 :])
+    return moved, torch.empty(1, dtype=torch.int64)
 
 
-def _save_relayout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *ctx.options = inputs
+def _save_relayout(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, *ctx.options = inputs
     ctx.old_len = x.shape[ctx.options[0]]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
 
 
-def _relayout_gradient(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+def _relayout_gradient(ctx: Any, dx: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     dim, op, group, shard_lens, source, target, _ = ctx.options
-    back = relayout_op(dx, dim, op, group, shard_lens, target, source, ctx.old_len)
-    return (back, *(None,) * len(ctx.options))
+    (number,) = ctx.saved_tensors
+    back, _ = relayout_op(dx, number, dim, op, group, shard_lens, target, source, ctx.old_len)
+    return (back, None, *(None,) * len(ctx.options))
 
 
 relayout_op.register_autograd(_relayout_gradient, setup_context=_save_relayout)

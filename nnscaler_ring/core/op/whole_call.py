@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from nnscaler_ring.core.op.whole_op import load_whole_op
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.plan.moves import Moves, plan_moves
 from nnscaler_ring.core.ranks.agreement import agree, refusing_together
-from nnscaler_ring.core.ranks.groups import find_place
+from nnscaler_ring.core.ranks.calls import Pass
+from nnscaler_ring.core.ranks.groups import Place, find_place
 from nnscaler_ring.core.ranks.relayout import move_rows
 from nnscaler_ring.core.ranks.transport import Transport, connect
 
@@ -46,19 +48,42 @@ def whole_op_attention(
                 f"kernel={name!r} cannot compute this call ({reason}); kernel='auto' computes any."
             )
         tag = plan_call(call, place.block).tag
-    agree(options.group, call, options.op, lambda: describe(call))
+
+    def enter(number: int | None = None) -> Pass:
+        return agree(
+            options.group,
+            (call, options.wants_gradient),
+            options.op,
+            lambda: {**describe(call), "wants_gradient": str(options.wants_gradient)},
+            tag=tag,
+            direction="forward" if number is None else "backward",
+            number=number,
+        )
+
+    entered = enter()
     connect(options.group, q.device)
-    held = LAYOUTS[call.caller_layout].for_shards(call.shard_lens)
-    wanted = whole_op.layout(call)
-    if held == wanted:
-        return whole_op.attention(q, k, v, call, place)
-    transport = transport_of(options.group, place, options.op, tag)
-    there = plan_moves(held, wanted, place.block)
-    back = plan_moves(wanted, held, place.block)
-    q, k, v = _MovedRows.apply(there, back, transport, q, k, v)
-    out = whole_op.attention(q, k, v, call, place)
-    (out,) = _MovedRows.apply(back, there, transport, out)
+    with entered:
+        held = LAYOUTS[call.caller_layout].for_shards(call.shard_lens)
+        wanted = whole_op.layout(call)
+        if held == wanted:
+            return whole_op.attention(q, k, v, call, place)
+        way = _Way(options.group, place, entered.number, enter)
+        transport = transport_of(options.group, place, entered)
+        there = plan_moves(held, wanted, place.block)
+        back = plan_moves(wanted, held, place.block)
+        q, k, v = _MovedRows.apply(there, back, transport, way, q, k, v)
+        out = whole_op.attention(q, k, v, call, place)
+        (out,) = _MovedRows.apply(back, there, transport, way, out)
     return out
+
+
+class _Way(NamedTuple):
+    """How gradients enter a pass of their own: `enter` takes the number of the call."""
+
+    group: str
+    place: Place
+    number: int
+    enter: Callable[[int], Pass]
 
 
 class _MovedRows(torch.autograd.Function):
@@ -66,14 +91,17 @@ class _MovedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, there: Moves, back: Moves, transport: Transport, *tensors: Tensor
+        ctx: Any, there: Moves, back: Moves, transport: Transport, way: _Way, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.back, ctx.transport = back, transport
+        ctx.back, ctx.way = back, way
         return _moved(there, transport, tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *_moved(ctx.back, ctx.transport, gradients)
+        way = ctx.way
+        with way.enter(way.number) as entered:
+            moved = _moved(ctx.back, transport_of(way.group, way.place, entered), gradients)
+        return None, None, None, None, *moved
 
 
 def _moved(moves: Moves, transport: Transport, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

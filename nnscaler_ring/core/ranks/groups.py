@@ -8,37 +8,38 @@ Note [Block order]
 
 from __future__ import annotations
 
+import logging
 import operator
-import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from nnscaler_ring.core.ranks.calls import Calls
+from nnscaler_ring.core.ranks.store import STORE_SECONDS, answer_within, wait_for_keys
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from nnscaler_ring.core.ranks.watch import Watch
+
     ProcessGroupLike = Sequence[int] | dist.ProcessGroup | DeviceMesh
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 ALONE = ""
 """The group string of a call without a group: the tensors are the whole sequence."""
 
-AGREEMENT_SECONDS = 5.0
-"""How long ranks wait for each other when they compare a new plan, unless told otherwise."""
-
-STORE_SECONDS = 2.0
-"""How long a store may take to answer beyond the time that ranks wait for each other."""
+WARN_SECONDS = 5.0
+"""After how long a rank that waits for others to make a group says so."""
 
 _LATEST_REQUEST = "nnscaler_ring/group_asked_by/"
 
@@ -55,6 +56,7 @@ class Traffic:
     gradient_bytes: int = 0
     relayout_bytes: int = 0
     seed_bytes: int = 0
+    partial_bytes: int = 0
     messages: int = 0
 
     @property
@@ -66,6 +68,7 @@ class Traffic:
             + self.gradient_bytes
             + self.relayout_bytes
             + self.seed_bytes
+            + self.partial_bytes
         )
 
     def __sub__(self, earlier: Traffic) -> Traffic:
@@ -82,14 +85,22 @@ class Traffic:
 class GroupState:
     """What a process remembers of one process group for as long as the group lives.
 
-    `connected`: the device types whose tensors its ranks are ready to exchange.
+    `connected`: the device types whose tensors its ranks are ready to exchange. `agreements`: how
+    often plans were compared. `agreement_seconds`: how long at most; None: the group's timeout.
+    `patient`: a client of the group's store for long waits. `lost`: ranks that are known to be
+    lost; of the default group's state, for all groups.
     """
 
     traffic: Traffic = field(default_factory=Traffic)
     connected: set[str] = field(default_factory=set)
     agreements: int = 0
     agreed_plans: OrderedDict[object, None] = field(default_factory=OrderedDict)
-    agreement_seconds: float = AGREEMENT_SECONDS
+    agreement_seconds: float | None = None
+    calls: Calls = field(default_factory=Calls)
+    watch: Watch | None = None
+    is_alone: bool = False
+    patient: dist.Store | None = None
+    lost: set[int] = field(default_factory=set)
 
     def remembers(self, plan: object) -> bool:
         """Whether the ranks have agreed on this plan before."""
@@ -247,7 +258,9 @@ def _make_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     world = dist.group.WORLD
     assert world is not None, ranks
     timeout = group_timeout(world)
-    seconds = min(_state_of(world).agreement_seconds, timeout.total_seconds())
+    seconds = timeout.total_seconds()
+    if (bound := _state_of(world).agreement_seconds) is not None:
+        seconds = min(seconds, bound)
     answer_within(seconds, lambda: _publish_request(ranks))
     members = tuple(sorted(ranks))
     if members == tuple(range(dist.get_world_size())):
@@ -300,7 +313,19 @@ def _meet(world: dist.ProcessGroup, members: tuple[int, ...], seconds: float) ->
     asked = f"nnscaler_ring/group/{','.join(map(str, members))}/"
     me = dist.get_rank()
     store.set(f"{asked}{me}", "")
-    missing = wait_for_keys(store, [f"{asked}{rank}" for rank in members], seconds)
+    keys = [f"{asked}{rank}" for rank in members]
+    missing = wait_for_keys(store, keys, min(WARN_SECONDS, seconds))
+    if missing and seconds > WARN_SECONDS:
+        absent = [members[n] for n in missing]
+        logger.warning(
+            "rank %d has waited %g s for rank(s) %s to ask for process_group=%s%s",
+            me,
+            WARN_SECONDS,
+            absent,
+            list(members),
+            latest_requests(absent),
+        )
+        missing = wait_for_keys(store, keys, seconds - WARN_SECONDS)
     if missing:
         store.delete_key(f"{asked}{me}")
         absent = [members[n] for n in missing]
@@ -327,50 +352,6 @@ def latest_requests(ranks: Iterable[int]) -> str:
         if store.check([f"{_LATEST_REQUEST}{rank}"])
     ]
     return f" ({'; '.join(found)})" if found else ""
-
-
-def answer_within(seconds: float, ask: Callable[[], T]) -> T:
-    """What `ask` returns or raises.
-
-    Torch's timeouts do not hold for a TCPStore whose host has stopped: a read never returns. So
-    whoever reads from a store does it in a thread that may be left behind.
-
-    Raises:
-        RuntimeError: nothing for that long.
-    """
-    answers: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            answers.append(ask())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="nnscaler_ring store", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not answers:
-        raise RuntimeError(f"the store gave no answer for {seconds:g} s")
-    return answers[0]
-
-
-def wait_for_keys(store: dist.Store, keys: Sequence[str], seconds: float) -> list[int]:
-    """Indices of the keys that the store does not hold after at most `seconds`.
-
-    Polls: a FileStore's own wait looks once a second.
-    """
-    deadline = time.monotonic() + seconds
-    missing = list(range(len(keys)))
-    pause = 1e-4
-    while True:
-        missing = [n for n in missing if not store.check([keys[n]])]
-        if not missing or time.monotonic() > deadline:
-            return missing
-        time.sleep(pause)
-        pause = min(2 * pause, 0.02)
 
 
 def group_timeout(group: dist.ProcessGroup) -> timedelta:
@@ -401,7 +382,10 @@ def group_state(string: str) -> GroupState:
 
 def _state_of(group: dist.ProcessGroup) -> GroupState:
     if group not in _STATES:
-        _STATES[group] = GroupState()
+        state = _STATES[group] = GroupState()
+        world = dist.group.WORLD
+        if world is not None and group is not world:
+            state.lost = _state_of(world).lost
     return _STATES[group]
 
 
@@ -436,6 +420,16 @@ def find_place(string: str) -> Place:
     return Place(group, members, members.index(group.rank()))
 
 
+def block_and_world_size(string: str) -> tuple[int, int]:
+    """What `find_place` says, in integers, which torch.compile takes for constants."""
+    place = find_place(string)
+    return place.block, place.world_size
+
+
+# As for _string_of_ranks.
+block_and_world_size._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def traffic(process_group: ProcessGroupLike | None = None) -> Traffic:
     """What this rank has sent over a group for attention since the group was made, in bytes.
 
@@ -449,13 +443,15 @@ def traffic(process_group: ProcessGroupLike | None = None) -> Traffic:
 
 
 def set_agreement_timeout(process_group: ProcessGroupLike, seconds: float) -> None:
-    """How long this rank waits for the others of the group when they compare a new plan.
+    """How long this rank waits, at most, for the others of the group to compare a new plan.
 
-    5 s unless set; never longer than the group's own timeout. Raise it where ranks may reach a new
-    call far apart: after compiling for different times; with packed documents, new in every step,
-    when one rank saves a checkpoint for longer than that. Groups made from ranks take the bound of
-    the default group, `torch.distributed.group.WORLD`, which also limits how long their members
-    wait for each other to make them.
+    The group's own timeout unless set, and never longer. A rank that computes, compiles or saves a
+    checkpoint makes the others wait and is no error; set less to be told of it as one. Groups made
+    from ranks take the bound of the default group, `torch.distributed.group.WORLD`, which also
+    limits how long their members wait for each other to make them.
+
+    Raises:
+        TypeError, ValueError: seconds is not a number above 0, or process_group is None.
     """
     if not isinstance(seconds, Real) or isinstance(seconds, bool):
         raise TypeError(f"seconds must be a number, got {seconds!r}.")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.ranks.failure import DisagreementError
 from nnscaler_ring.core.ranks.staging import device_of_numbers
 from nnscaler_ring.core.ranks.transport import Transport
 
@@ -89,7 +90,7 @@ def agreed_seed(
     seeds = transport.all_gather("seed", mine).flatten()
     if must_be_same and bool((seeds != seeds[0]).any()):
         ranks = [transport.place.global_rank(block) for block in range(len(seeds))]
-        raise ValueError(
+        raise DisagreementError(
             f"{transport.op}: dropout_seed must be the same on all ranks of process_group, got "
             f"{dict(zip(ranks, seeds.tolist(), strict=True))} by rank; pass the same int, or None "
             "to let the first rank draw it."

@@ -112,7 +112,8 @@ def plan_command(
             ranks=job.ranks,
         )
         _print_program(call.program(program_of), backward=job.backward)
-    elif as_json:
+        return
+    if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
     else:
         _show(result)

@@ -13,6 +13,7 @@ from nnscaler_ring.core.op.options import Extras, Options, arguments_of, split_a
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.plan.masks import CAUSAL
 from nnscaler_ring.core.ranks.groups import group_string
+from tests.core.attempts import all_calls_have_one_number
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
 from tests.oracle import make_dout, make_qkv
 
@@ -41,6 +42,7 @@ def options_of(group: str = "", **fields: Any) -> tuple:
         "exchange": "direct",
         "kernel": "torch_cpu",
         "deterministic": False,
+        "wants_gradient": True,
     }
     return arguments_of(Options(**{**usual, **fields}))
 
@@ -48,7 +50,7 @@ def options_of(group: str = "", **fields: Any) -> tuple:
 def test_options_come_out_of_an_op_as_they_went_in():
     names = ("op", "caller_layout", "compute_layout", "mask", "exchange", "kernel")
     counts = ("compute_len", "first_batch", "first_head")
-    flags = ("bias_gradient", "same_seed", "deterministic")
+    flags = ("bias_gradient", "same_seed", "deterministic", "wants_gradient")
     for true in (None, *flags):
         options = Options(
             group="any name,\neven of two lines",
@@ -94,7 +96,7 @@ def attention_arguments(
 def backward_arguments(arguments: tuple) -> tuple:
     q, k, v, *others = arguments
     with torch.no_grad():
-        out, lse, _, *moved = OPS.attention(*arguments)
+        out, lse, _, number, *moved = OPS.attention(*arguments)
     dout, dlse = make_dout(1, q, v), torch.ones_like(lse)
     count = len(Extras._fields)
     extras = Extras(*others[:count])
@@ -102,7 +104,7 @@ def backward_arguments(arguments: tuple) -> tuple:
         q, k, v, out, lse, bias = moved
         if extras.bias is not None:
             extras = extras._replace(bias=bias)
-    tensors = (dout, dlse, q, k, v, out, lse, *extras)
+    tensors = (dout, dlse, q, k, v, out, lse, number, *extras)
     return (*(x if x is None else x.detach() for x in tensors), *others[count:])
 
 
@@ -124,8 +126,13 @@ def check_ops(ranks: list[int] | None) -> dict[str, dict[str, str]]:
     if ranks is not None:
         x = torch.randn(8, 3, requires_grad=True)
         way = (0, "test", group, None, "contiguous", "zigzag", 8)
-        found["relayout"] = torch.library.opcheck(OPS.relayout.default, (x, *way))
+        found["relayout"] = torch.library.opcheck(OPS.relayout.default, (x, None, *way))
     return found
+
+
+def check_ops_of_a_group(ranks: list[int]) -> dict[str, dict[str, str]]:
+    with all_calls_have_one_number():
+        return check_ops(ranks)
 
 
 def assert_all_passed(found: dict[str, dict[str, str]]) -> None:
@@ -138,7 +145,7 @@ def test_opcheck_on_one_device():
 
 
 def test_opcheck_on_two_ranks(pool):
-    for found in pool.run(2, check_ops, timeout=200):
+    for found in pool.run(2, check_ops_of_a_group, timeout=200):
         assert len(found) == 13
         assert_all_passed(found)
 
@@ -162,7 +169,8 @@ def test_fakes_describe_the_results_without_a_group(packed, dtype):
         arguments = (*Extras(cu, cu), *options_of())
         real = OPS.attention(q, k, v, *arguments)
         dout = make_dout(1, q, v)
-        real_grads = OPS.attention_backward(dout, None, q, k, v, real[0], real[1], *arguments)
+        saved = (q, k, v, *real[:2], real[3])
+        real_grads = OPS.attention_backward(dout, None, *saved, *arguments)
         with FakeTensorMode() as mode:
             fq, fk, fv, fdout = (mode.from_tensor(x) for x in (q, k, v, dout))
             fcu = None if cu is None else mode.from_tensor(cu)
@@ -170,7 +178,7 @@ def test_fakes_describe_the_results_without_a_group(packed, dtype):
             arguments = (*Extras(fcu, fcu), *elsewhere)
             fake = OPS.attention(fq, fk, fv, *arguments)
             fake_grads = OPS.attention_backward(
-                fdout, None, fq, fk, fv, fake[0], fake[1], *arguments
+                fdout, None, fq, fk, fv, *fake[:2], fake[3], *arguments
             )
         for one, other in zip((*fake, *fake_grads), (*real, *real_grads), strict=True):
             assert description(one) == description(other)
@@ -183,18 +191,21 @@ def test_fakes_of_moved_rows_are_as_many_as_are_computed():
         options = options_of("elsewhere", compute_layout="zigzag", compute_len=5)
         extras = Extras(bias=torch.empty(1, 4, 8, 14))
         shapes = [tuple(x.shape) for x in OPS.attention(q, k, v, *extras, *options)]
-    out, lse, seed = (2, 8, 4, 6), (2, 4, 8), (0,)
+    out, lse, seed, number = (2, 8, 4, 6), (2, 4, 8), (0,), (1,)
     q_, k_, v_, out_, lse_ = (2, 5, 4, 4), (2, 5, 2, 4), (2, 5, 2, 6), (2, 5, 4, 6), (2, 4, 5)
-    assert shapes == [out, lse, seed, q_, k_, v_, out_, lse_, (1, 4, 5, 14)]
+    assert shapes == [out, lse, seed, number, q_, k_, v_, out_, lse_, (1, 4, 5, 14)]
 
 
 def test_fake_of_a_relayout_has_the_new_rows():
     with FakeTensorMode():
         x = torch.empty(3, 8, 2, dtype=torch.int64).transpose(0, 2)
-        moved = OPS.relayout(x, 1, "test", "elsewhere", [8, 6], "contiguous", "zigzag", 7)
+        moved, number = OPS.relayout(
+            x, None, 1, "test", "elsewhere", [8, 6], "contiguous", "zigzag", 7
+        )
         assert description(moved) == description(
             torch.empty(2, 7, 3, dtype=torch.int64, device="cpu")
         )
+        assert description(number) == description(torch.empty(1, dtype=torch.int64))
 
 
 # Autograd.
