@@ -106,8 +106,8 @@ def test_held_in_balanced_order(pool: RankPool, shape: tuple[int, int], packed: 
 
 
 def errors(ranks: list[int]) -> list[str]:
-    """On one rank of a 1 x 2 mesh: what each mistake raises."""
-    mesh: Any = init_device_mesh("cpu", (1, 2))
+    """On one rank of a 2 x 2 mesh: what each mistake raises."""
+    mesh: Any = init_device_mesh("cpu", (2, 2))
     q, three = torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 3, 4)
     seed = torch.distributed.get_rank()
     found = []
@@ -127,13 +127,13 @@ def errors(ranks: list[int]) -> list[str]:
 
 
 def test_mistakes_are_named(pool: RankPool) -> None:
-    for found in pool.run(2, errors):
+    for found in pool.run(4, errors):
         for text, wanted in zip(
             found,
             (
                 "2 ranks that share the heads, divides the query heads, got num_heads=3",
                 "dropout_seed must be the same on all ranks",
-                "shard_lens must have one length for each of the 2 ranks",
+                "shard_lens must have one length for each of the 4 ranks",
                 "process_group as a DeviceMesh must have one dimension here",
                 "kernel='transformer_engine' takes no mesh",
             ),
