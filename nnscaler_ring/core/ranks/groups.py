@@ -86,7 +86,8 @@ class GroupState:
     `connected`: the device types whose tensors its ranks are ready to exchange. `agreements`: how
     often plans were compared. `agreement_seconds`: how long at most; None: the group's timeout.
     `patient`: a client of the group's store for long waits. `lost`: ranks that are known to be
-    lost; of the default group's state, for all groups.
+    lost; of the default group's state, for all groups. `places`: by group string, who holds which
+    block, and this rank's.
     """
 
     traffic: Traffic = field(default_factory=Traffic)
@@ -99,6 +100,7 @@ class GroupState:
     is_alone: bool = False
     patient: dist.Store | None = None
     lost: set[int] = field(default_factory=set)
+    places: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
 
     def remembers(self, plan: object) -> bool:
         """Whether the ranks have agreed on this plan before."""
@@ -342,12 +344,13 @@ def group_state(string: str) -> GroupState:
 
 
 def _state_of(group: dist.ProcessGroup) -> GroupState:
-    if group not in _STATES:
+    state = _STATES.get(group)
+    if state is None:
         state = _STATES[group] = GroupState()
         world = dist.group.WORLD
         if world is not None and group is not world:
             state.lost = _state_of(world).lost
-    return _STATES[group]
+    return state
 
 
 @dataclass(frozen=True)
@@ -376,9 +379,12 @@ def find_place(string: str) -> Place:
     if string == ALONE:
         return Place(None, (0,), 0)
     group = group_of(string)
-    order = string.partition(":")[2]
-    members = tuple(map(int, order.split(","))) if order else tuple(range(group.size()))
-    return Place(group, members, members.index(group.rank()))
+    places = _state_of(group).places
+    if string not in places:
+        order = string.partition(":")[2]
+        members = tuple(map(int, order.split(","))) if order else tuple(range(group.size()))
+        places[string] = members, members.index(group.rank())
+    return Place(group, *places[string])
 
 
 def traffic(process_group: ProcessGroupLike | None = None) -> Traffic:
