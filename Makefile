@@ -49,12 +49,17 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The C++ kernel, where there is a compiler: without one everything works, and it says so.
+.PHONY: kernel
+kernel: $(STAMP) ## compile the CPU kernel cpu_tiles, if there is a C++ compiler
+	@$(BIN)/python -m nnscaler_ring build-kernel --optional
+
 .PHONY: test
-test: lint nnscaler ## lint, then every test that is not marked full; NNSCALER=<wheel> adds nnScaler
+test: lint nnscaler kernel ## lint, then every test that is not marked full; NNSCALER=<wheel> adds nnScaler
 	$(PYTEST) $(TWO_WORKERS) -m 'not full'
 
 .PHONY: test-all
-test-all: lint nnscaler ## lint, then every test
+test-all: lint nnscaler kernel ## lint, then every test
 	$(PYTEST) $(TWO_WORKERS)
 
 .PHONY: test-cuda
@@ -62,11 +67,11 @@ test-cuda: $(STAMP) ## the tests that need a CUDA device; docs/gpu.md
 	$(PYTEST) -m cuda
 
 .PHONY: demo
-demo: $(STAMP) ## write the demonstration's figures and numbers to demo/
+demo: kernel ## write the demonstration's figures and numbers to demo/
 	$(BIN)/python -m nnscaler_ring demo --out demo
 
 .PHONY: bench
-bench: $(STAMP) ## measure context-parallel attention on this machine
+bench: kernel ## measure context-parallel attention on this machine
 	$(BIN)/python benchmarks/bench_context_parallel.py
 
 .PHONY: clean

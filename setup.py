@@ -1,9 +1,14 @@
 """Packaging of nnscaler_ring; the tools are configured in pyproject.toml."""
 
+import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
@@ -22,11 +27,68 @@ def read_long_description() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
+def load_kernel_build() -> ModuleType:
+    """How the C++ kernel is compiled: from its file, as the package needs torch."""
+    path = ROOT / "nnscaler_ring" / "core" / "kernels" / "native" / "build.py"
+    spec = importlib.util.spec_from_file_location("kernel_build", path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+kernel_build = load_kernel_build()
+
+
+def kernel_extensions() -> list[Extension]:
+    """The C++ kernel where there is a compiler; without one the wheel is of Python alone."""
+    try:
+        kernel_build.compiler()
+    except kernel_build.BuildError as error:
+        print(f"the C++ kernel is left out: {error}")
+        return []
+    return [Extension("nnscaler_ring.core.kernels.native.libraries", [], optional=True)]
+
+
+class BuildKernel(build_ext):
+    """Compiles a library for each instruction set into the wheel.
+
+    Not into a checkout (pip install -e), whose sources change: `nnscaler-ring build-kernel` does.
+    """
+
+    def run(self) -> None:
+        if not self.inplace:
+            super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        folder = Path(self.get_ext_fullpath(ext.name)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            kernel_build.compile_into(folder)
+        except kernel_build.BuildError as error:
+            raise CompileError(str(error)) from error  # optional: a warning
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The libraries know no Python: a wheel with them is for one platform and every Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
+
+
 CLI = ["click>=8.1", "rich>=13"]
 DEMO = [*CLI, "matplotlib>=3.8"]
 BENCH = [*CLI, "ring-attention-pytorch>=0.5.20"]
-# For examples/energy_forecasting: HTTP, and the time zones that a slim system lacks.
-ENERGY = [*DEMO, "requests>=2.32", "tzdata"]
+# For examples/energy_forecasting: HTTP, time zones that a slim system lacks, holidays, and the
+# baselines that its model is compared with.
+ENERGY = [*DEMO, "requests>=2.32", "tzdata", "holidays>=0.50", "scikit-learn>=1.5"]
 # transformers 4.57 has the attention interface in all models that are supported.
 HF = ["accelerate>=1.10", "transformers>=4.57"]
 # pytest-xdist: two workers, as tests with ranks wait more than they compute. triton: the fused
@@ -50,7 +112,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["nnscaler_ring", "nnscaler_ring.*"]),
-    package_data={"nnscaler_ring": ["py.typed", "simulator/clusters/*.json"]},
+    package_data={
+        "nnscaler_ring": ["py.typed", "simulator/clusters/*.json", "core/kernels/native/*.[hc]*"]
+    },
+    ext_modules=kernel_extensions(),
+    cmdclass={"build_ext": BuildKernel, "bdist_wheel": AnyPythonWheel},
     # Tested with 2.13; 2.9 is the first release whose fused CPU attention takes GQA.
     install_requires=["torch>=2.9"],
     extras_require={

@@ -2,7 +2,7 @@
 
 python benchmarks/one_device.py
 
-The plan document allows less than twice the time. One process, causal, interleaved repetitions;
+Less than twice the time of SDPA is allowed. One process, causal, interleaved repetitions;
 the figure is the median of the repetitions' own ratios, so that a machine that slows down during
 the run slows both.
 """

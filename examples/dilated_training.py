@@ -1,4 +1,4 @@
-"""Train the guide's RingTransformer with its sequence shared by all ranks, and survive failures.
+"""Train a RingTransformer with its sequence shared by all ranks, and survive failures.
 
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --nproc-per-node 2 --max-restarts 3 examples/dilated_training.py --folder runs/dilated

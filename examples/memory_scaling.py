@@ -5,7 +5,7 @@
 Every rank is a process of its own that calls `wrap_zigzag_attn_func`, forward and backward. Counted
 are the bytes of its tensors (torch's profiler), and beside them the peak of resident memory; with
 --device cuda, one GPU a rank, the peak of torch's allocator stands for both. For
-contrast the all-gather exchange, and the plan document's replicated queries, which no exchange of
+contrast the all-gather exchange, and replicated queries, which no exchange of
 ours does: one device's tensors for them, forward only, are made and counted here.
 What it shows: memory per rank is a + b * tokens / ranks. What it does not show: time, GPUs.
 """

@@ -1,4 +1,4 @@
-"""The guide's test suite, over ranks of this machine.
+"""Is dilated attention over ranks right on this machine?
 
 python examples/test_ring_attention.py --device cpu --dtype float64 --ranks 3 --verbose
 """

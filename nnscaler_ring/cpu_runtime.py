@@ -2,7 +2,7 @@
 
     with nnscaler_on_cpu():                       # under torchrun, on every rank
         nnscaler.init()
-        model = nnscaler.parallelize(..., compute_config=ComputeConfig(2, 2, trace_strategy="cpu"))
+        model = nnscaler.parallelize(..., compute_config=ComputeConfig(2, 2))
         ...                                       # as on GPUs
 
 nnScaler asks torch.cuda for its device, and inside the block torch.cuda answers for the CPU; its
@@ -30,8 +30,8 @@ TIMEOUT = timedelta(hours=6)
 def nnscaler_on_cpu() -> Iterator[None]:
     """Inside, nnScaler runs on the CPU; under torchrun a gloo group is made if there is none.
 
-    Everything is undone on exit. Build models and call `nnscaler.init()` inside, and pass
-    `trace_strategy="cpu"` to ComputeConfig. Process-wide: not for some threads only.
+    Everything is undone on exit. Build models and call `nnscaler.init()` inside. Models are traced
+    on the CPU, whatever `trace_strategy` says of CUDA. Process-wide: not for some threads only.
 
     Raises:
         ImportError: nnScaler is not installed.
@@ -147,6 +147,24 @@ def _substitutions_in_nnscaler() -> Iterator[tuple[Any, str, Any]]:
         profile(self, partition_degree, parallel_profile=False, re_profile=re_profile)
 
     yield costs, "profile_comp", profile_here
+    parallel = importlib.import_module("nnscaler.parallel")
+    generate: Callable[..., Any] = parallel._gencode
+    flags = importlib.import_module("nnscaler.flags").CompileFlag  # nnScaler's for one generation
+
+    def generate_for_cpu(
+        module: Any, dummy: Any, policy: Any, config: Any, *args: Any, **kw: Any
+    ) -> Any:
+        if getattr(config, "use_async_comm", False):
+            raise ValueError(
+                "use_async_comm must be False inside nnscaler_on_cpu(), got True: between pipeline "
+                "stages of several ranks, nnScaler's asynchronous messages wait for each other for "
+                "ever over gloo; leave it out, nothing else changes."
+            )
+        if flags.trace_strategy.startswith("cuda"):  # nnScaler's default
+            flags.trace_strategy = "cpu"
+        return generate(module, dummy, policy, config, *args, **kw)
+
+    yield parallel, "_gencode", generate_for_cpu
 
 
 def _properties(*_: object, **__: object) -> SimpleNamespace:

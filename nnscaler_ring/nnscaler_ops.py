@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.plan.dilation import HeadOffsets
 from nnscaler_ring.core.scores.dropout import DropoutSeed
-from nnscaler_ring.nnscaler_samples import dense_sample, dilated_sample, packed_sample
+from nnscaler_ring.nnscaler_samples import dense_sample, dilated_sample, packed_sample, rows_sample
 
 Range = tuple[int, int]
 
@@ -42,11 +42,15 @@ class Op:
     """A public function as nnScaler sees it; its signature is its name in plans and constraints.
 
     Batch, tokens and heads may be partitioned; `packed` has no batch, and cu_seqlens after q, k, v.
+    `whole_keys`: k and v are not partitioned with q's tokens. `moves_rows`: no attention, but rows
+    of one tensor that change places.
     """
 
     module: str
     name: str
     packed: bool = False
+    whole_keys: bool = False
+    moves_rows: bool = False
 
     @property
     def signature(self) -> str:
@@ -56,12 +60,14 @@ class Op:
     @property
     def tensors(self) -> tuple[str, ...]:
         """The parameters that are nnScaler's inputs."""
+        if self.moves_rows:
+            return "hidden_states", "cu_seqlens"
         return ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k") if self.packed else ("q", "k", "v")
 
     @property
     def token_dim(self) -> int:
-        """The dimension of q, k and v that the sequence lies along."""
-        return 0 if self.packed else 1
+        """The dimension of the first input that the sequence lies along."""
+        return 0 if self.packed or self.moves_rows else 1
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -70,11 +76,19 @@ class Op:
         return function
 
 
+NNSCALER_NAMES = "nnscaler_ring.compat.nnscaler"
+"""Where the ops have nnScaler's own names and parameters."""
+
 OPS = (
     Op("nnscaler_ring.ring_attn", "wrap_ring_attn_func"),
     Op("nnscaler_ring.zigzag_attn", "wrap_zigzag_attn_func"),
     Op("nnscaler_ring.ring_attn_varlen", "wrap_ring_attn_varlen_func", packed=True),
     Op("nnscaler_ring.dilated_attn", "wrap_dilated_attn_func"),
+    Op(NNSCALER_NAMES, "wrap_ring_attn_varlen_func", packed=True),
+    Op(NNSCALER_NAMES, "wrap_sliding_window_attn_func", packed=True),
+    Op(NNSCALER_NAMES, "wrap_zigzag_allgather_attn_varlen_func", packed=True, whole_keys=True),
+    Op(NNSCALER_NAMES, "wrap_maybe_shuffle", moves_rows=True),
+    Op(NNSCALER_NAMES, "wrap_maybe_unshuffle", moves_rows=True),
 )
 """Every op that nnScaler may partition. A new one is one line."""
 
@@ -120,7 +134,10 @@ def create_part(
     warn_of_failed_profiles(signature)
     return_lse = bool(_value(arguments.get("return_lse", False)))
     shapes = {name: tuple(x.shape) for name, x in zip(names, tensors, strict=True)}
-    annotation = annotate(op, shapes, return_lse=return_lse)
+    if op.moves_rows:
+        annotation = annotate_rows(len(shapes["hidden_states"]))
+    else:
+        annotation = annotate(op, shapes, return_lse=return_lse)
     make_part = partial(create_part, op, names)
     return IRDimops(make_part, op.name, signature, [annotation], list(tensors), **arguments)
 
@@ -213,6 +230,12 @@ def refuse_arguments(op: Op, arguments: dict[str, Any]) -> None:
         )
 
 
+def annotate_rows(dims: int) -> str:
+    """nnScaler's annotation of rows that change places: any dimension may be partitioned."""
+    x = " ".join(["l", *(f"c{dim}" for dim in range(1, dims))])
+    return f"{x}, n^ -> {x}"
+
+
 def annotate(op: Op, shapes: dict[str, tuple[int, ...]], *, return_lse: bool) -> str:
     """nnScaler's annotation of a call with inputs of these shapes.
 
@@ -227,7 +250,7 @@ def annotate(op: Op, shapes: dict[str, tuple[int, ...]], *, return_lse: bool) ->
             raise ValueError(
                 f"{op.name}: {name} must have {rank} dimensions, got shape {list(shape)}."
             )
-    if q[:-2] != k[:-2]:
+    if q[:-2] != k[:-2] and not op.whole_keys:
         raise ValueError(
             f"{op.name}: under nnScaler k must have q's {'tokens' if op.packed else 'batch and'}"
             f"{'' if op.packed else ' tokens'}, {list(q[:-2])}, got {list(k[:-2])}: one plan "
@@ -245,8 +268,9 @@ def annotate(op: Op, shapes: dict[str, tuple[int, ...]], *, return_lse: bool) ->
         1: ("h", "1"),
     }.get(num_kv_heads, (f"(g {num_heads // num_kv_heads})", "g"))
     batch = "" if op.packed else "b "
-    inputs = {"q": f"{batch}l {heads} d^", "k": f"{batch}l {kv_heads} d^"}
-    inputs |= {"v": f"{batch}l {kv_heads} e^", "cu_seqlens_q": "n^", "cu_seqlens_k": "n^"}
+    keys = "k^" if op.whole_keys else "l"
+    inputs = {"q": f"{batch}l {heads} d^", "k": f"{batch}{keys} {kv_heads} d^"}
+    inputs |= {"v": f"{batch}{keys} {kv_heads} e^", "cu_seqlens_q": "n^", "cu_seqlens_k": "n^"}
     if "alibi_slopes" in shapes:
         inputs["alibi_slopes"] = f"{'b ' if len(shapes['alibi_slopes']) == 2 else ''}{heads}"
     if "bias" in shapes:
@@ -294,6 +318,7 @@ def emit(
         offset = runtime_devid - device
         ranks = tuple(rank + offset for rank in group_of_device(op.name, blocks, device))
         refuse_zigzag_order(op, node.kwargs)
+        refuse_lone_ranks(op, node.kwargs)
     given = len(op.tensors)
     options = {**dict(zip(names[given:], args[given:], strict=True)), **kwargs}
     if "alibi_slopes" in names:
@@ -325,6 +350,15 @@ def refuse_zigzag_order(op: Op, kwargs: dict[str, Any]) -> None:
             f"{op.name}: layout must be 'contiguous' where nnScaler partitions the sequence, got "
             f"{kwargs['layout']!r}: its shards are contiguous, and the op moves the rows itself; "
             "leave layout out."
+        )
+
+
+def refuse_lone_ranks(op: Op, kwargs: dict[str, Any]) -> None:
+    """A rank with a part of the tokens cannot compute alone what cu_seqlens say of all."""
+    if not _value(kwargs.get("enable_ring", True)):
+        raise ValueError(
+            f"{op.name}: enable_ring must be True where nnScaler partitions the tokens, got False: "
+            "cu_seqlens are those of all tokens; partition the heads, or replicate the call."
         )
 
 
@@ -480,7 +514,7 @@ def trace(op: Op, *args: Any, **kwargs: Any) -> Any:
         on_meta = {name: x.to("meta") for name, x in tensors.items()}
         shapes = op.function(**on_meta, **arguments)
     # Zero, but connected to the inputs, so that the tracer sees what needs a gradient.
-    q, floats = tensors["q"], [x for x in tensors.values() if x.is_floating_point()]
+    q, floats = tensors[op.tensors[0]], [x for x in tensors.values() if x.is_floating_point()]
     zero = sum(x.flatten()[:1].sum().to(q.dtype) * 0 for x in floats)
     outputs = [
         torch.zeros(x.shape, dtype=x.dtype, device=q.device) + zero.to(x.dtype)
@@ -492,6 +526,8 @@ def trace(op: Op, *args: Any, **kwargs: Any) -> Any:
 def sample_inputs(op: Op, node: Any) -> tuple[Tensor, ...]:
     """Inputs with which nnScaler's profiler may time a (sub-)call."""
     optional = tensor_names(node)[len(op.tensors) :]
+    if op.moves_rows:
+        return rows_sample(node)
     if op.packed:
         return packed_sample(node, optional)
     if op.name == "wrap_dilated_attn_func":

@@ -70,6 +70,12 @@ def packed_sample(node: Any, optional: Sequence[str]) -> tuple[Tensor, ...]:
     )
 
 
+def rows_sample(node: Any) -> tuple[Tensor, ...]:
+    """The tensor and the cu_seqlens of a node that moves rows, which one device does not."""
+    x, cu_seqlens = node.inputs()
+    return _random(x, x.shape), torch.zeros(cu_seqlens.shape, dtype=cu_seqlens.dtype)
+
+
 def _random(x: Any, shape: Sequence[int]) -> Tensor:
     # current_device() is nnScaler's own way to the device; nnscaler_on_cpu() makes it the CPU.
     sample = torch.randn(list(shape), dtype=x.dtype, device=torch.cuda.current_device())

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Steps = tuple[tuple[str, int], ...]
 """How one op is split, outermost first: ("tokens", 2), ("heads", 2)."""
 
-ATTENTION = {op.signature: op for op in OPS}
+ATTENTION = {op.signature: op for op in OPS if not op.moves_rows}
 
 
 def shard_sequence(graph: Any, cfg: Any, *, dim: int = 1) -> Any:
@@ -96,7 +96,7 @@ def autodist_by_sequence(graph: Any, cfg: Any) -> Any:
     from nnscaler.policies import pas_autodist
 
     signatures = {node.signature for node in graph.select(ntype=IRFwOperation)}
-    found = [op for op in OPS if op.signature in signatures]
+    found = [op for op in ATTENTION.values() if op.signature in signatures]
     if not found:
         raise ValueError(
             "autodist_by_sequence: the model must call an attention op of nnscaler_ring, got none "
@@ -134,8 +134,15 @@ def _shard(graph: Any, dims: Mapping[str, int], steps_of: Callable[[Any], Steps]
     nodes = graph.select(ntype=IRFwOperation)
     tracks = _Tracks(graph, dims)
     plans = {node: tracks.follow(node, steps_of(node)) for node in nodes}
-    _separate_consumers(graph, plans)
     devices = max(_product(steps_of(node)) for node in nodes)
+    if devices > 1 and not any(plans.values()):
+        raise ValueError(
+            "the policy must find something to split, got a model that takes no tensor with "
+            f"{' and '.join(f'{kind} in dimension {dim}' for kind, dim in dims.items())} into an "
+            "op that can be split there; pass dim=0 for packed tokens."
+        )
+    tracks.report()
+    _separate_consumers(graph, plans)
     for node, plan in plans.items():
         parts = [node]
         for idx, dim, num in plan:
@@ -172,12 +179,24 @@ class _Tracks:
     """Which dimension of every tensor holds the tokens, or the batch, from the inputs on."""
 
     def __init__(self, graph: Any, dims: Mapping[str, int]) -> None:
+        from nnscaler.graph.function.dimops import IRDimops
         from nnscaler.ir.tensor import IRSubTensor
 
         self._tensor_type = IRSubTensor
+        # Also what is taken out of a sample: of a dictionary, or of nnScaler's data loader.
+        taken = [
+            x
+            for node in graph.nodes()
+            if not isinstance(node, IRDimops)
+            and not any(isinstance(x, IRSubTensor) for x in node.inputs())
+            for x in node.outputs()
+        ]
         self._inputs = {
-            x.parent for x in graph.inputs() if isinstance(x, IRSubTensor) and not x.is_attr()
+            x.parent
+            for x in (*graph.inputs(), *taken)
+            if isinstance(x, IRSubTensor) and not x.is_attr()
         }
+        self._whole: dict[str, int] = {}  # ops that get the whole sequence -> how often
         self._dims = dims
         # kind -> full tensor -> dimension
         self._known: dict[str, dict[Any, int]] = {kind: {} for kind in dims}
@@ -245,7 +264,8 @@ class _Tracks:
         known = self._known.get(kind, {})
         for x, split in zip(node.inputs(), rule.inputs(), strict=True):
             tracked = isinstance(x, self._tensor_type) and x.parent in known
-            if tracked and split.dims != (known[x.parent],):
+            gathered = op is not None and op.whole_keys and split.isR()
+            if tracked and not gathered and split.dims != (known[x.parent],):
                 return False
         # A reduction that nnScaler takes for whole although every part has reduced its own only.
         if any(split.isR() for split in rule.outputs()):
@@ -256,12 +276,23 @@ class _Tracks:
         return True
 
     def _gather(self, node: Any) -> Plan:
-        logger.warning(
-            "%s gets the whole sequence on every device: it cannot be partitioned along it. %s",
-            node.signature,
-            node.comment or "",
-        )
+        line = f"{node.signature} in {node.comment or 'no line of the model'}"
+        self._whole[line] = self._whole.get(line, 0) + 1
         return ()
+
+    def report(self) -> None:
+        """Warn, once, of all ops that could not be split, with their lines in the model."""
+        if self._whole:
+            lines = [
+                f"  {line}{f' ({times} times)' if times > 1 else ''}"
+                for line, times in self._whole.items()
+            ]
+            logger.warning(
+                "%d op(s) cannot be split along the sequence, and each device gets the whole "
+                "sequence for them; see 'Traps' in docs/nnscaler.md:\n%s",
+                sum(self._whole.values()),
+                "\n".join(lines),
+            )
 
 
 def _separate_consumers(graph: Any, plans: Mapping[Any, Plan]) -> None:

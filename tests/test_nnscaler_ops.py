@@ -10,9 +10,10 @@ import torch
 
 from nnscaler_ring import DropoutSeed, nnscaler_ops
 from nnscaler_ring.nnscaler_ops import OPS, annotate, find_blocks, group_of_device
-from tests.oracle import dense_attention
+from nnscaler_ring.nnscaler_samples import SampledQuery
+from tests.oracle import Mods, dense_attention
 
-RING, ZIGZAG, VARLEN, DILATED = OPS
+RING, ZIGZAG, VARLEN, DILATED = OPS[:4]
 
 
 @pytest.mark.parametrize(
@@ -243,17 +244,24 @@ print(*sorted(registry.CustomizedOps.known) if registry else ["nnscaler not impo
     assert done.stdout.split("\n")[:-1] == (expected or ["nnscaler not imported"])
 
 
-def test_one_block_stands_for_all_keys() -> None:
+@pytest.mark.parametrize("optional", [(), ("alibi_slopes", "sinks"), ("bias", "sinks")])
+def test_one_block_stands_for_all_keys(optional: tuple[str, ...]) -> None:
     """The profiler's sample attends to as many keys as a rank's queries read, forth and back."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 6, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    sample = nnscaler_ops.KeysOfAllBlocks.of(k, 15).requires_grad_().clone()
-    q.requires_grad_()
-    out, lse = RING.function(q, sample, v, return_lse=True)
+    shapes = {"alibi_slopes": (4,), "bias": (2, 4, 6, 15), "sinks": (4,)}
+    extras = {name: torch.randn(shapes[name], dtype=torch.float64) for name in optional}
+    wanted = [k.requires_grad_()]
+    wanted += [x.requires_grad_() for name, x in extras.items() if name != "alibi_slopes"]
+    sample = SampledQuery.of(q, 15, extras).requires_grad_().clone()
+    out, lse = RING.function(sample, k, v, return_lse=True)
     long_k, long_v = (x.repeat(1, 3, 1, 1)[:, :15] for x in (k, v))
     for row in range(2):
         bounds = {"cu_seqlens_q": [0, 6], "cu_seqlens_k": [0, 15]}
-        dense = dense_attention(q[row], long_k[row], long_v[row], causal=True, **bounds)
+        bias = extras["bias"][row : row + 1] if "bias" in extras else None
+        mods = Mods(alibi_slopes=extras.get("alibi_slopes"), bias=bias, sinks=extras.get("sinks"))
+        dense = dense_attention(q[row], long_k[row], long_v[row], causal=True, mods=mods, **bounds)
         torch.testing.assert_close((out[row], lse[row]), dense)
     assert out.shape == (2, 6, 4, 8)
-    assert torch.autograd.grad(out.sum(), sample)[0].shape == k.shape
+    gradients = torch.autograd.grad(out.sum(), wanted)
+    assert [x.shape for x in gradients] == [x.shape for x in wanted]

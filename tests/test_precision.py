@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnscaler_ring.core.kernels.torch_cpu import TorchCpu
+from nnscaler_ring.core.kernels import AttentionKernel, Problem, kernel_refusals, select_kernel
 from tests.cases import Case, run_case
 from tests.core.kernels.test_reference import one_thread  # noqa: F401
 from tests.core.plan.test_schedule import dense_problem
@@ -50,6 +50,7 @@ def case_of(
     window_size: tuple[int, int],
     exchange: str,
     device: str = "cpu",
+    kernel: str = "torch_cpu",
 ) -> Case:
     lens = (TOKENS // world_size,) * world_size
     return Case(
@@ -65,7 +66,7 @@ def case_of(
         cu_seqlens_k=DOCUMENTS if op == "varlen" else None,
         v_head_dim=32,
         head_dim=32,
-        kernel="torch_cpu" if device == "cpu" else "auto",
+        kernel=kernel if device == "cpu" else "auto",
         seed=2,
     )
 
@@ -123,10 +124,22 @@ def run_all(
     return results
 
 
-def emulate(layout: str, ranks: int, tensors: list[Tensor]) -> list[Tensor]:
+@pytest.fixture(params=["torch_cpu", "cpu_tiles"])
+def kernel(request: pytest.FixtureRequest) -> AttentionKernel:
+    """The CPU's kernels; the second where it is compiled."""
+    shape = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "v_head_dim": 32}
+    problem = Problem("cpu", torch.float32, **shape)
+    if reason := kernel_refusals(problem)[request.param]:
+        pytest.skip(f"{request.param}: {reason}")
+    return select_kernel(request.param, problem)
+
+
+def emulate(
+    layout: str, ranks: int, tensors: list[Tensor], kernel: AttentionKernel
+) -> list[Tensor]:
     """out, dq, dk, dv of so many ranks in one process, causal; gradients are sent as they are."""
     problem = dense_problem(layout, layout, (tokens_of(tensors) // ranks,) * ranks, True, (-1, -1))
-    outs, _, dqs, dks, dvs = run_in_one_process(problem, *tensors, TorchCpu())
+    outs, _, dqs, dks, dvs = run_in_one_process(problem, *tensors, kernel)
     order = torch.tensor([t for rank in problem.q_tokens for t in rank]).argsort()
     dtype = tensors[0].dtype
     return [torch.cat(x, 1)[:, order].to(dtype) for x in (outs, dqs, dks, dvs)]
@@ -142,7 +155,9 @@ def tokens_of(tensors: list[Tensor]) -> int:
     ids=["usual logits", "sharp softmax", "logits of 200"],
 )
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
-def test_the_error_does_not_grow_to_64_ranks(layout: str, spread: float, ratio: Tolerance) -> None:
+def test_the_error_does_not_grow_to_64_ranks(
+    layout: str, spread: float, ratio: Tolerance, kernel: AttentionKernel
+) -> None:
     """`spread`: the standard deviation of the logits."""
     size = spread / (SCALE * 32**0.5)
     q, k, v = make_qkv(5, 1, 2048, 2048, 2, 1, 32)
@@ -154,7 +169,7 @@ def test_the_error_does_not_grow_to_64_ranks(layout: str, spread: float, ratio: 
     dense = dense_gradients(*tensors, causal=True, softmax_scale=SCALE)
     reference = _attend(*tensors, True, scale=SCALE)
     for ranks in (1, 2, 8, 64):
-        found = emulate(layout, ranks, tensors)
+        found = emulate(layout, ranks, tensors, kernel)
         for n, name in enumerate(NAMES):
             expected = [dense[0], *dense[2:]][n]
             what = f"{name} of {ranks} ranks, {layout}"
@@ -182,10 +197,12 @@ def references(
     [(1, "direct"), (2, "direct"), (3, "direct"), (4, "direct"), (4, "ring"), (4, "all_gather")],
 )
 def test_several_ranks_are_as_good_as_one_device(
-    pool: RankPool, world_size: int, exchange: str, device: str
+    pool: RankPool, world_size: int, exchange: str, device: str, kernel: AttentionKernel
 ) -> None:
+    if device == "cuda" and kernel.name != "torch_cpu":
+        pytest.skip("the GPU's kernels are what runs there")
     cases = [
-        (case_of(op, world_size, causal, window_size, exchange, device), dtype)
+        (case_of(op, world_size, causal, window_size, exchange, device, kernel.name), dtype)
         for op, causal, window_size in CALLS
         for dtype in DTYPES
     ]

@@ -41,13 +41,13 @@ def widenings(quantiles: Array, actual: Array, config: Config) -> list[list[floa
             _widening(
                 quantiles[:, leads, band], quantiles[:, leads, -1 - band], actual[:, leads], share
             )
-            for band, share in enumerate(_shares(config))
+            for band, share in enumerate(shares(config))
         ]
         for leads in lead_groups(config)
     ]
 
 
-def _shares(config: Config) -> list[float]:
+def shares(config: Config) -> list[float]:
     """Of the hours, for each pair of quantiles around the median, the widest first."""
     levels = config.model.quantiles
     return [levels[-1 - n] - levels[n] for n in range(levels.index(0.5))]

@@ -14,23 +14,30 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import click
 import numpy as np
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from examples.energy_forecasting.baselines import fit_and_forecast
 from examples.energy_forecasting.config import EXCERPT, Config, config_from
 from examples.energy_forecasting.evaluation import (
     anomalies,
     check_origins,
     collect,
     forecast_on_rank,
+    latest_bands,
+    past_origins,
     score,
+    why_no_anomalies,
+    with_adapted_bands,
 )
+from examples.energy_forecasting.holiday import holiday_days
 from examples.energy_forecasting.plausibility import DEMAND, QUANTITIES, RULE
 from examples.energy_forecasting.provenance import code, provenance, this_command
-from examples.energy_forecasting.series import RESOLUTIONS, HourlySeries
+from examples.energy_forecasting.scores_table import show_scores
+from examples.energy_forecasting.series import HOUR, RESOLUTIONS, HourlySeries
 from examples.energy_forecasting.sources.csv_file import read_columns, read_csv
+from examples.energy_forecasting.sources.http import WrongKeyError
 from examples.energy_forecasting.splits import split
 from examples.energy_forecasting.training import Checkpoint
 from examples.energy_forecasting.training import train as train_on_rank
@@ -48,14 +55,31 @@ def commands() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 
+def main() -> None:
+    """The command line."""
+    commands(prog_name="python -m examples.energy_forecasting")
+
+
+class UserError(click.ClickException):
+    """What a user can mend, in one line."""
+
+    exit_code = 2
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """What went wrong as one line and exit code 1."""
+    """What went wrong as one line; exit codes are those of `nnscaler-ring`.
+
+    2: wrong arguments, files or settings, no key, a package that is missing. 1: a source or a rank
+    failed.
+    """
     try:
         yield
     except RankError as error:
         raise click.ClickException(str(error).splitlines()[-1]) from error
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, WrongKeyError) as error:
+        raise UserError(str(error)) from error
+    except RuntimeError as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -209,6 +233,12 @@ def fetch(source: str, region: str | None, start: str, end: str, what: str) -> H
 @click.option("--steps", type=int, help="Training steps.")
 @click.option("--seed", default=0, show_default=True, type=int)
 @click.option("--clocks", help="IANA zone whose clocks people follow; America/New_York.")
+@click.option(
+    "--holidays",
+    default="US",
+    show_default=True,
+    help="Country, or subdivision such as US-CA, whose public holidays count; '' for none.",
+)
 @click.option("--max-minutes", type=float, default=float("inf"), help="Stop, to be resumed.")
 @click.option("--excerpt", is_flag=True, help="The settings of the excerpt, for short series.")
 def train(
@@ -218,6 +248,7 @@ def train(
     steps: int | None,
     seed: int,
     clocks: str | None,
+    holidays: str,
     max_minutes: float,
     excerpt: bool,
     **given: Any,
@@ -229,7 +260,7 @@ def train(
         given_changes: dict[str, Any] = {
             name: value for name, value in changes.items() if value is not None
         }
-        config = replace(config, seed=seed, **given_changes)
+        config = replace(config, seed=seed, holidays=holidays, **given_changes)
         check_config(config)
         series = load(**given)
         split(series, config)
@@ -278,6 +309,7 @@ def check_config(config: Config) -> None:
         raise ValueError(
             f"--clocks must be an IANA name such as 'America/New_York', got {config.time_zone!r}."
         ) from None
+    holiday_days(np.array(["2024-01-01"], dtype="datetime64[D]"), config.holidays)
     if config.context < config.recent:
         raise ValueError(f"--context must be at least {config.recent}, got {config.context}.")
     if config.steps < 1:
@@ -289,7 +321,14 @@ def check_config(config: Config) -> None:
 @ranks_option
 @checkpoint_option
 @out_option
-def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
+@click.option(
+    "--baselines",
+    default="all",
+    show_default=True,
+    type=click.Choice(["all", "naive"]),
+    help="naive: without ridge regression and gradient boosting, which take their time.",
+)
+def evaluate(ranks: int, checkpoint: Path, out: Path, baselines: str, **given: Any) -> None:
     """Score the test's daily origins; write results.json and report.html."""
     with plain_errors():
         from examples.energy_forecasting.report import write_html
@@ -315,11 +354,22 @@ def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
             collect(series, saved, part, [found[n] for found in by_rank])
             for n, part in enumerate(origins)
         )
-        found = anomalies(validation, test, config)
+        validation, test = with_adapted_bands(validation, test, config)
+        if baselines == "all":
+            with console.status("ridge regression and gradient boosting"):
+                first = config.context + config.history
+                (learned,) = fit_and_forecast(
+                    saved.features(series), config, first, parts.train_stop, [parts.test]
+                )
+            test = replace(test, learned=learned)
+        scores = score(validation, test, config)
+        withheld = why_no_anomalies(scores, config)
+        found = [] if withheld else anomalies(validation, test, config)
         results: dict[str, Any] = {
             "series": series.source,
-            "horizons": score(validation, test, config),
-            "anomalous_hours": len(found),
+            "horizons": scores,
+            "anomalous_hours": None if withheld else len(found),
+            "anomalies_withheld": withheld,
             "anomalies": found[:50],
             "training": {
                 **saved.began_by,
@@ -336,6 +386,8 @@ def evaluate(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
         write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
         write_whole(out / "report.html", write_html(results, test, found, config))
     show_scores(results["horizons"])
+    if withheld:
+        console.print(f"No hour is called anomalous: {withheld}.", highlight=False)
     console.print(f"wrote {out / 'results.json'} and {out / 'report.html'}")
 
 
@@ -347,22 +399,6 @@ def write_whole(path: Path, content: str | bytes) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def show_scores(scores: dict[str, Any]) -> None:
-    """The table on the screen."""
-    table = Table("horizon", "skill", "95 %", "1 - MAPE", "best naive", "its own", box=SIMPLE)
-    for horizon, found in scores.items():
-        low, high = found["skill_95_percent"]
-        table.add_row(
-            f"{horizon} h",
-            f"{found['skill']:+.3f}",
-            f"{low:+.3f} {high:+.3f}",
-            f"{found['model']['one_minus_mape']:.2%}",
-            found["best_naive"],
-            f"{found['naives'][found['best_naive']]['one_minus_mape']:.2%}",
-        )
-    console.print(table)
 
 
 @commands.command("ranks")
@@ -409,29 +445,23 @@ def forecast(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
         series = load(**given)
         saved = load_trained(checkpoint)
         config = config_from(saved.config)
-        days = (series.start + np.array([len(series)]) * np.timedelta64(1, "h")).astype(
-            "datetime64[D]"
-        )
-        origin = int((days[0] - series.start) / np.timedelta64(1, "h"))
+        days = (series.start + np.array([len(series)]) * HOUR).astype("datetime64[D]")
+        origin = int((days[0] - series.start) / HOUR)
         check_origins(series, saved, range(origin, origin + 1))
-        by_rank = run_ranks(
-            ranks,
-            forecast_on_rank,
-            series,
-            saved,
-            [range(origin, origin + 1)],
-            timeout_seconds=600,
-        )
-        (fitted,) = [x for found in by_rank for x in found[0].values()]
-        quantiles = saved.calibrate(fitted)
-        start = series.start + origin * np.timedelta64(1, "h")
+        past = past_origins(series, saved, origin)
+        by_rank = run_ranks(ranks, forecast_on_rank, series, saved, [past], timeout_seconds=600)
+        made = collect(series, saved, past, [found[0] for found in by_rank])
+        quantiles, told = latest_bands(made, config)
+        start = series.start + origin * HOUR
         names = [f"quantile_{level:g}" for level in config.model.quantiles]
-        columns = {name: quantiles[:, n] for n, name in enumerate(names)}
-        times = start + np.arange(len(quantiles)) * np.timedelta64(1, "h")
+        columns = {name: quantiles[:, n].round(1) for n, name in enumerate(names)}
+        times = start + np.arange(len(quantiles)) * HOUR
         known = series.target[max(0, origin - 168) : origin]
         image = png(forecast_figure(start, quantiles, config, past=known))
-        HourlySeries.from_rows(times, columns, "forecast").write_csv(out / "forecast.csv")
+        forecast = HourlySeries.from_rows(times, columns, "forecast")
+        forecast.write_csv(out / "forecast.csv", local_zone=config.time_zone)
         write_whole(out / "forecast.png", image)
+    console.print(told, highlight=False)
     console.print(f"forecast from {start} UTC: wrote {out / 'forecast.csv'} and forecast.png")
 
 

@@ -30,6 +30,7 @@ class Config:
     recent: int = 168  # hours of raw history that each token carries: a week
     yearly: bool = True  # whether there is a year of history before the first origin
     time_zone: str = "America/New_York"  # whose clocks people follow
+    holidays: str = ""  # country whose public holidays the calendar knows; none in older runs
     validation_hours: int = 8760  # before the test
     test_hours: int = 8784  # 2024 was a leap year
     steps: int = 180  # validation stops falling about there

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from examples.energy_forecasting.adaptive import MEMORY_DAYS, adapt, holds
+from examples.energy_forecasting.baselines import NAMES as BASELINES
 from examples.energy_forecasting.config import DAY, Config, config_from
-from examples.energy_forecasting.features import naive_names
+from examples.energy_forecasting.features import check_columns, naive_names
 from examples.energy_forecasting.metrics import (
     absolute_errors,
     bootstrap,
@@ -25,6 +27,9 @@ from examples.energy_forecasting.training import Checkpoint, passes
 from nnscaler_ring.tools.launch import Rank
 
 Array = np.ndarray
+FEWEST_DAYS = 28
+"""Of forecasts whose hours have come, before bands follow them."""
+
 FALSE_ALARMS = 0.001
 """The share of validation hours that the anomaly threshold lets through."""
 
@@ -42,6 +47,8 @@ class Forecasts:
     actual: Array  # [origins, longest]; NaN is missing or not known yet
     naives: Array  # [origins, longest, candidates]
     available: Array  # [origins] hours that the series has from the origin on
+    fixed: Array | None = None  # quantiles as the checkpoint calibrates them, not adapted
+    learned: Array | None = None  # [origins, longest, baselines] of baselines.NAMES
 
     def within(self, horizon: int) -> Array:
         """The origins whose whole horizon the series has."""
@@ -77,8 +84,10 @@ def check_origins(series: HourlySeries, saved: Checkpoint, origins: range) -> No
     """Whether a trained model may forecast these origins of a series.
 
     Raises:
-        ValueError: too little history before the first, or training has seen its hours.
+        ValueError: other columns than in training, too little history before the first origin, or
+            training has seen its hours.
     """
+    check_columns(series, saved.scalers)
     config = config_from(saved.config)
     needed = config.context + config.history
     if origins[0] < needed:
@@ -114,6 +123,51 @@ def collect(
     )
 
 
+def with_adapted_bands(
+    validation: Forecasts, test: Forecasts, config: Config
+) -> tuple[Forecasts, Forecasts]:
+    """Both with the bands of adaptive.py: the test's follow the validation's and each other."""
+    fitted = np.concatenate((validation.fitted, test.fitted))
+    actual = np.concatenate((validation.actual, test.actual))
+    hours = np.concatenate((validation.origins, test.origins)).astype("datetime64[h]").astype(int)
+    adapted = adapt(fitted, actual, hours, config)
+    count = len(validation.origins)
+    return (
+        replace(validation, quantiles=adapted[:count], fixed=validation.quantiles),
+        replace(test, quantiles=adapted[count:], fixed=test.quantiles),
+    )
+
+
+def past_origins(series: HourlySeries, saved: Checkpoint, origin: int) -> range:
+    """The daily origins up to `origin`, at most a year, at which the model may forecast."""
+    config = config_from(saved.config)
+    trained = int((np.datetime64(saved.trained_until) - series.start) / HOUR)
+    first = max(trained, config.context + config.history, origin - MEMORY_DAYS * DAY)
+    return range(origin - (origin - first) // DAY * DAY, origin + 1, DAY)
+
+
+def latest_bands(made: Forecasts, config: Config) -> tuple[Array, str]:
+    """The last forecast's quantiles, and what its bands are worth.
+
+    Its bands follow the days before it; where those are fewer than `FEWEST_DAYS`, they are those
+    of the checkpoint.
+    """
+    days = len(made.origins) - 1
+    if days < FEWEST_DAYS:
+        return made.quantiles[-1], (
+            f"Its bands were calibrated once, on the validation: only {days} days of forecasts "
+            f"before it have come, and {FEWEST_DAYS} are needed to follow them."
+        )
+    hours = made.origins.astype("datetime64[h]").astype(int)
+    adapted = adapt(made.fitted, made.actual, hours, config)
+    recent = slice(-1 - FEWEST_DAYS, -1)
+    held = _coverage(adapted[recent, :DAY], made.actual[recent, :DAY])
+    name = "90 % band" if holds(held) else "widest band, which is NOT one of 90 %,"
+    return adapted[-1], (
+        f"Over the {FEWEST_DAYS} days before it the {name} held {held:.1%} of the day-ahead hours."
+    )
+
+
 def score(validation: Forecasts, test: Forecasts, config: Config) -> dict[str, Any]:
     """Per horizon, as results/*.json has it. The best naive is chosen on the validation."""
     median = config.model.quantiles.index(0.5)
@@ -131,16 +185,31 @@ def score(validation: Forecasts, test: Forecasts, config: Config) -> dict[str, A
         model = absolute_errors(forecast[..., median], actual)
         naive = absolute_errors(test.naives[kept, :horizon, best], actual)
         low, high = bootstrap(skill, model, naive)
+        others = {
+            name: errors(test.naives[kept, :horizon, n], actual) for n, name in enumerate(names)
+        }
+        learned = {}
+        if test.learned is not None:
+            learned = {
+                name: errors(test.learned[kept, :horizon, n], actual)
+                for n, name in enumerate(BASELINES)
+            }
+        own = errors(forecast[..., median], actual)
+        held = _coverage(test.quantiles[kept, :horizon], actual)
         scores[str(horizon)] = {
             "skill": skill(model, naive),
             "skill_95_percent": [low, high],
             "best_naive": names[best],
             "origins": int(kept.sum()),
-            "model": errors(forecast[..., median], actual),
-            "naives": {
-                name: errors(test.naives[kept, :horizon, n], actual) for n, name in enumerate(names)
-            },
-            "coverage_of_90_percent_band": _coverage(test.quantiles[kept, :horizon], actual),
+            "model": own,
+            "naives": others,
+            "baselines": learned,
+            "loses_to": [n for n, e in (others | learned).items() if e["mae"] < own["mae"]],
+            "coverage_of_90_percent_band": held,
+            "band_holds_90_percent": holds(held),
+            "coverage_calibrated_once": None
+            if test.fixed is None
+            else _coverage(test.fixed[kept, :horizon], actual),
             "coverage_before_calibration": _coverage(test.fitted[kept, :horizon], actual),
             "document_target_one_minus_mape": DOCUMENT_TARGETS.get(horizon),
         }
@@ -149,6 +218,14 @@ def score(validation: Forecasts, test: Forecasts, config: Config) -> dict[str, A
 
 def _coverage(quantiles: Array, actual: Array) -> float:
     return coverage(quantiles[..., 0], quantiles[..., -1], actual)
+
+
+def why_no_anomalies(scores: dict[str, Any], config: Config) -> str | None:
+    """Why no hour is called anomalous, where the day-ahead band does not hold; else None."""
+    held = scores[str(min(config.horizons))]["coverage_of_90_percent_band"]
+    if holds(held):
+        return None
+    return f"the day-ahead band holds {held:.1%} of the test's hours, not about 90 %"
 
 
 def anomalies(validation: Forecasts, test: Forecasts, config: Config) -> list[dict[str, Any]]:

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from examples.energy_forecasting.config import DAY, WEEK, YEAR, Config
+from examples.energy_forecasting.holiday import holiday_days
 from examples.energy_forecasting.series import HOUR, HourlySeries
 
 HARMONICS = 3
 CALENDAR_WIDTH = 3 * 2 * HARMONICS + 7
+"""Of the calendar without holidays."""
+
 BASE_WIDTH = 6
 """Channels that the head gets beside the calendar of an hour: see `Features.ahead`."""
 
@@ -72,20 +75,30 @@ def fill_forward(values: np.ndarray) -> np.ndarray:
     return filled
 
 
-def calendar(start: np.datetime64, hours: int, time_zone: str) -> Tensor:
-    """[hours, CALENDAR_WIDTH]: waves of the hour, the week and the year, and the weekday.
+def calendar_width(config: Config) -> int:
+    """Columns of `calendar`."""
+    return CALENDAR_WIDTH + bool(config.holidays)
 
-    By the clocks of `time_zone`, which people follow; the series itself stays in UTC.
-    """
+
+def local_times(times: np.ndarray, time_zone: str) -> np.ndarray:
+    """UTC times by the clocks of a zone, datetime64[s]."""
     zone = ZoneInfo(time_zone)
-    times = (start + np.arange(hours) * HOUR).astype("datetime64[s]")
-    local = np.array(
+    return np.array(
         [
             time.replace(tzinfo=timezone.utc).astimezone(zone).replace(tzinfo=None)
-            for time in times.astype(object)
+            for time in times.astype("datetime64[s]").astype(object)
         ],
         dtype="datetime64[s]",
     )
+
+
+def calendar(start: np.datetime64, hours: int, time_zone: str, holidays: str = "") -> Tensor:
+    """[hours, CALENDAR_WIDTH]: waves of the hour, the week and the year, and the weekday.
+
+    By the clocks of `time_zone`, which people follow; the series itself stays in UTC. With
+    `holidays`, a country such as "US", one more column: whether the day is a public holiday.
+    """
+    local = local_times(start + np.arange(hours) * HOUR, time_zone)
     days = local.astype("datetime64[D]")
     hour = (local - days) / HOUR  # half hours too, as in India
     weekday = (days.astype(int) + 3) % 7  # 1970-01-01 was a Thursday
@@ -96,6 +109,8 @@ def calendar(start: np.datetime64, hours: int, time_zone: str) -> Tensor:
             turn = 2 * math.pi * k * value / period
             waves += [np.sin(turn), np.cos(turn)]
     table = np.concatenate((np.stack(waves, 1), np.eye(7)[weekday]), axis=1)
+    if holidays:
+        table = np.c_[table, holiday_days(days, holidays)]
     return torch.tensor(table, dtype=torch.float32)
 
 
@@ -114,6 +129,15 @@ def fit_scalers(series: HourlySeries, train_stop: int) -> dict[str, Scaler]:
     return scalers
 
 
+def check_columns(series: HourlySeries, scalers: Mapping[str, object]) -> None:
+    """Raises ValueError for other columns than those of the scalers."""
+    if list(series.columns) != list(scalers):
+        raise ValueError(
+            f"the series must have the columns {list(scalers)}, as in training, got "
+            f"{list(series.columns)}; name them with --target and --channel."
+        )
+
+
 class Features:
     """The features of one series; hours are counted from its start.
 
@@ -127,12 +151,8 @@ class Features:
     """
 
     def __init__(self, series: HourlySeries, config: Config, scalers: Mapping[str, Scaler]) -> None:
-        if list(series.columns) != list(scalers):
-            raise ValueError(
-                f"the series must have the columns {list(scalers)}, as in training, got "
-                f"{list(series.columns)}; name them with --target and --channel."
-            )
-        self.config, self.start = config, series.start
+        check_columns(series, scalers)
+        self.config, self.start, self.series = config, series.start, series
         self.scaler = next(iter(scalers.values()))
         self.target = torch.tensor(self.scaler.scale(series.target), dtype=torch.float32)
         self.observed = ~torch.isnan(self.target)
@@ -142,12 +162,13 @@ class Features:
             torch.tensor(fill_forward(scalers[name].scale(values)), dtype=torch.float32)
             for name, values in list(series.columns.items())[1:]
         ]
-        self.calendar = calendar(series.start, len(series) + config.longest, config.time_zone)
+        hours = len(series) + config.longest
+        self.calendar = calendar(series.start, hours, config.time_zone, config.holidays)
 
     @property
     def width(self) -> int:
         """Channels of a token."""
-        return self.config.recent + 2 + DAY * len(self.channels) + CALENDAR_WIDTH
+        return self.config.recent + 2 + DAY * len(self.channels) + self.calendar.shape[1]
 
     def tokens(self, hours: Tensor) -> Tensor:
         """[len(hours), width] of these hours; history before the series is 0."""
@@ -165,7 +186,7 @@ class Features:
 
         Returns:
             base [n, longest]: the seasonal naive that the head corrects, the mean of the same hour
-            of the last day and of the last week. known [n, longest, CALENDAR_WIDTH + BASE_WIDTH].
+            of the last day and of the last week. known [n, longest, calendar_width + BASE_WIDTH].
             naives [n, longest, candidates]: see `naive_names`.
         """
         lead = torch.arange(self.config.longest)
@@ -209,6 +230,17 @@ def _history(values: Tensor, hours: Tensor, length: int) -> Tensor:
 def _level(values: Tensor, origins: Tensor) -> Tensor:
     """Mean of the week before each origin."""
     return values[origins.unsqueeze(1) - 1 - torch.arange(WEEK)].mean(1)
+
+
+def daily_lags(values: np.ndarray, origins: np.ndarray, lead: int) -> np.ndarray:
+    """[origins, 6]: what is known at each origin for the hour `lead` after it.
+
+    The same hour of the last day, of the last week and of the week before; the means of the last
+    day, the last week and the last three hours.
+    """
+    means = [values[origins[:, None] - 1 - np.arange(length)].mean(1) for length in (DAY, WEEK, 3)]
+    hours = (DAY - lead % DAY, WEEK - lead % WEEK, 2 * WEEK - lead % WEEK)
+    return np.stack([*(values[origins - hour] for hour in hours), *means], axis=1)
 
 
 def naive_names(config: Config) -> list[str]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.energy_forecasting.config import DAY, Config
-from examples.energy_forecasting.features import BASE_WIDTH, CALENDAR_WIDTH
+from examples.energy_forecasting.features import BASE_WIDTH, calendar_width
 from nnscaler_ring.models import DecoderLayer
 from nnscaler_ring.models.rms_norm import RMSNorm
 from nnscaler_ring.models.rope import rope_rotation
@@ -47,7 +47,8 @@ class Forecaster(nn.Module):
                 num_heads=sizes.num_heads,
                 num_kv_heads=sizes.num_kv_heads,
                 head_dim=sizes.head_dim,
-                layout="zigzag order",
+                layout="zigzag",
+                balanced=True,
                 process_group=process_group,
             )
             for _ in range(sizes.num_layers)
@@ -83,7 +84,7 @@ class Head(nn.Module):
         self.to_days = nn.Linear(sizes.width, self.days * sizes.day_width)
         self.from_day = nn.Linear(sizes.day_width, sizes.head_width, bias=False)
         self.from_token = nn.Linear(sizes.width, sizes.head_width, bias=False)
-        self.from_known = nn.Linear(CALENDAR_WIDTH + BASE_WIDTH, sizes.head_width)
+        self.from_known = nn.Linear(calendar_width(config) + BASE_WIDTH, sizes.head_width)
         self.mix = nn.Linear(sizes.head_width, sizes.head_width)
         self.out = nn.Linear(sizes.head_width, len(sizes.quantiles))
         nn.init.zeros_(self.out.weight)  # untrained, it forecasts the seasonal naive

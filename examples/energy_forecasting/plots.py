@@ -11,9 +11,16 @@ from matplotlib.figure import Figure
 
 from examples.energy_forecasting.config import DAY, Config
 from examples.energy_forecasting.evaluation import Forecasts, by_lead_day
+from examples.energy_forecasting.features import local_times
 from examples.energy_forecasting.series import HOUR
 
 BLUE, ORANGE, GREY = "#0b7285", "#e8590c", "#868e96"
+BANDS = ("#d3e8ec", "#8fc1cb")
+"""From the widest band in; opaque, so that the legend shows what is drawn."""
+
+
+FEWEST_MONTHS = 4
+WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
 def png(figure: Figure) -> bytes:
@@ -34,7 +41,8 @@ def forecast_figure(
     """Bands of one forecast, with what came and the hours before."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots()
-    times = origin + np.arange(len(quantiles)) * HOUR
+    zone = config.time_zone
+    times = local_times(origin + np.arange(len(quantiles)) * HOUR, zone)
     middle = config.model.quantiles.index(0.5)
     for n in range(middle):
         low, high = config.model.quantiles[n], config.model.quantiles[-1 - n]
@@ -42,21 +50,20 @@ def forecast_figure(
             times,
             quantiles[:, n] / 1e3,
             quantiles[:, -1 - n] / 1e3,
-            color=BLUE,
-            alpha=0.18,
+            color=BANDS[min(n, len(BANDS) - 1)],
             lw=0,
             label=f"{high - low:.0%} band",
         )
     axes.plot(times, quantiles[:, middle] / 1e3, color=BLUE, lw=1.4, label="median")
     if past is not None:
-        before = origin - np.arange(len(past), 0, -1) * HOUR
+        before = local_times(origin - np.arange(len(past), 0, -1) * HOUR, zone)
         axes.plot(before, past / 1e3, color=GREY, lw=1, label="known")
     if actual is not None:
         axes.plot(times, actual / 1e3, color=ORANGE, lw=1, label="what came")
-    axes.axvline(origin, color=GREY, lw=0.8, ls=":")
-    axes.set(ylabel="GW", title=f"Forecast from {origin} UTC")
+    axes.axvline(times[0], color=GREY, lw=0.8, ls=":")
+    axes.set(ylabel="GW", xlabel=f"time in {zone}", title=f"Forecast from {origin} UTC")
     axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator()))
-    axes.legend(ncols=5, fontsize=8, frameon=False)
+    figure.legend(ncols=5, fontsize=8, frameon=False, loc="outside lower center")
     return figure
 
 
@@ -64,16 +71,28 @@ def error_figure(test: Forecasts, config: Config) -> Figure:
     """Error of the day-ahead forecast by hour of the day and by month."""
     middle = config.model.quantiles.index(0.5)
     size = np.abs(test.quantiles[:, :DAY, middle] - test.actual[:, :DAY]) / 1e3
-    months = test.origins.astype("datetime64[M]")
+    local = local_times((test.origins[:, None] + np.arange(DAY) * HOUR).ravel(), config.time_zone)
+    hours = ((local - local.astype("datetime64[D]")) / HOUR).astype(int).reshape(size.shape)
+    months = local.astype("datetime64[M]").reshape(size.shape)
+    weekdays = ((local.astype("datetime64[D]").astype(int) + 3) % 7).reshape(size.shape)
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.bar(range(DAY), np.nanmean(size, axis=0), color=BLUE)
-    left.set(xlabel="hour of the day, UTC", ylabel="MAE, GW", title="Day-ahead error by hour")
-    names = sorted(set(months.tolist()))
-    means = [np.nanmean(size[months == np.datetime64(name, "M")]) for name in names]
+    left.bar(range(DAY), [np.nanmean(size[hours == hour]) for hour in range(DAY)], color=BLUE)
+    left.set(
+        xlabel=f"hour of the day, {config.time_zone}",
+        ylabel="MAE, GW",
+        title="Day-ahead error by hour",
+    )
+    # Few months say nothing of the seasons; the days of the week always do.
+    by_month = len(np.unique(months)) >= FEWEST_MONTHS
+    groups = months if by_month else weekdays
+    found = np.unique(groups)
+    names = [f"{name.astype(object):%b}" if by_month else WEEKDAYS[int(name)] for name in found]
+    means = [np.nanmean(size[groups == name]) for name in found]
     right.bar(range(len(names)), means, color=BLUE)
-    right.set_xticks(range(len(names)), [f"{name:%b}" for name in names])
-    right.set(ylabel="MAE, GW", title="Day-ahead error by month")
+    right.set_xticks(range(len(names)), names)
+    title = f"Day-ahead error by {'month' if by_month else 'day of the week'}"
+    right.set(ylabel="MAE, GW", title=title)
     return figure
 
 

@@ -10,7 +10,9 @@ import csv
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import numpy as np
 
@@ -195,8 +197,13 @@ class HourlySeries:
             means[name] = np.where(complete, sums / np.maximum(present, 1), np.nan)
         return starts, means
 
-    def write_csv(self, path: Path, resolution: str = "hourly") -> None:
+    def write_csv(
+        self, path: Path, resolution: str = "hourly", *, local_zone: str | None = None
+    ) -> None:
         """Write all or nothing: to a neighbour first, then under the name.
+
+        Args:
+            local_zone: an IANA name; a second column has the times by its clocks, with offset.
 
         Raises:
             ValueError: a spreadsheet would take the name of a column for a formula.
@@ -213,13 +220,21 @@ class HourlySeries:
         try:
             with beside.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")
-                writer.writerow([TIME, *columns])
+                writer.writerow([TIME, *([] if local_zone is None else ["time_local"]), *columns])
                 for row, time in enumerate(times):
                     values = (column[row] for column in columns.values())
-                    writer.writerow([time, *("" if np.isnan(v) else f"{v:.10g}" for v in values)])
+                    cells = ["" if np.isnan(v) else f"{v:.10g}" for v in values]
+                    local = [] if local_zone is None else [_with_offset(time, local_zone)]
+                    writer.writerow([time, *local, *cells])
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def _with_offset(time: np.datetime64, zone: str) -> str:
+    """A UTC time by a zone's clocks: 2024-11-03T01:00-07:00."""
+    utc = time.astype("datetime64[s]").astype(datetime).replace(tzinfo=timezone.utc)
+    return str(utc.astimezone(ZoneInfo(zone)).isoformat(timespec="minutes"))
 
 
 def _same(a: float, b: float) -> bool:

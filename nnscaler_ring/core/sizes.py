@@ -11,6 +11,7 @@ from nnscaler_ring.core.shape import DTYPES, AttentionShape
 SHORT_NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+@dataclass(frozen=True)  # so that __init__ calls the checks
 class Sizes(AttentionShape):
     """Heads, head dims, batch and dtype of one attention layer, and the bytes that it sends.
 

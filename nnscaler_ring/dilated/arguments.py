@@ -1,4 +1,4 @@
-"""Arguments of the guide that cannot be honoured: each is refused by name, with its reason."""
+"""Arguments that cannot be honoured: each is refused by name, with its reason."""
 
 from __future__ import annotations
 

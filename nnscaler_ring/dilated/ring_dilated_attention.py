@@ -17,6 +17,7 @@ from nnscaler_ring.core.op.checks import check_branches, check_head_offsets, che
 from nnscaler_ring.core.plan.dilation import HeadOffsets
 from nnscaler_ring.core.ranks.agreement import refusing_together
 from nnscaler_ring.core.ranks.groups import Place, find_place, group_string, traffic
+from nnscaler_ring.core.ranks.kept_group import kept_group
 from nnscaler_ring.core.ranks.ring_size import check_ring_size
 from nnscaler_ring.core.sizes import Sizes
 from nnscaler_ring.dilated.arguments import refuse_unless, refuse_unless_none
@@ -64,6 +65,8 @@ class RingDilatedAttention(nn.Module):
 
     Source: Ding et al., "LongNet", arXiv 2307.02486.
     """
+
+    process_group = kept_group()
 
     def __init__(
         self,
@@ -210,8 +213,9 @@ class RingDilatedAttention(nn.Module):
     def get_memory_info(self) -> dict[str, Any]:
         """What this module holds and can hold, measured now; docs/dilated.md has the keys."""
         latest = self._needs.latest()
+        how = EXCHANGES[self.exchange]
         return {
-            "memory_complexity": "O(n)" if self.exchange == "all_gather" else "O(n / ring_size)",
+            "memory_complexity": "O(n)" if how.holds_all_keys else "O(n / ring_size)",
             "ring_size": self.ring_size,
             "max_sequence_length": self._longest_sequence(latest),
             "qkv_buffers_cached": len(self._needs),
@@ -267,9 +271,10 @@ class RingDilatedAttention(nn.Module):
 
     def _optimizations(self) -> list[str]:
         enabled = ["scores are recomputed in the backward pass"]
-        if self.process_group is not None and self.exchange == "direct":
+        how = EXCHANGES[self.exchange]
+        if self.process_group is not None and not how.sends_whole_shards:
             enabled.append("only used rows of K and V travel")
-        if self.process_group is not None and self.exchange != "all_gather":
+        if self.process_group is not None and not how.holds_all_keys:
             enabled.append("communication overlaps computation")
         if self.enable_fault_tolerance:
             enabled.append("memory is reserved on all ranks before data moves")

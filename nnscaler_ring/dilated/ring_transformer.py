@@ -1,4 +1,4 @@
-"""`RingTransformer`: the guide's language model, whose sequence a ring of ranks may share."""
+"""`RingTransformer`: a language model of dilated attention, whose sequence ranks may share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnscaler_ring.core.ranks.groups import find_place, group_string
+from nnscaler_ring.core.ranks.kept_group import kept_group
 from nnscaler_ring.dilated.ring_multihead_dilated_attention import RingMultiheadDilatedAttention
 from nnscaler_ring.training.shards import positions_of_shard
 
@@ -65,6 +66,8 @@ class RingTransformer(nn.Module):
         process_group: None, or the ranks that share the sequence, in block order.
         attention: further arguments of `RingMultiheadDilatedAttention`.
     """
+
+    process_group = kept_group()
 
     def __init__(
         self,

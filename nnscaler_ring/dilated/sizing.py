@@ -37,7 +37,7 @@ def calculate_optimal_ring_size(
     Args:
         target_memory_per_gpu_gb: GiB for one layer's attention on each rank; weights, other layers
             and what the optimizer keeps are apart.
-        segment_lengths, dilation_rates: None: the guide's [2048, 4096, 8192] and [1, 2, 4].
+        segment_lengths, dilation_rates: None: [2048, 4096, 8192] and [1, 2, 4].
         training: forward and backward; else forward alone.
 
     Raises:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nnscaler_ring.core.ranks.agreement import refusing_together
 from nnscaler_ring.core.ranks.groups import group_string
+from nnscaler_ring.core.ranks.kept_group import kept_group
 from nnscaler_ring.core.ranks.ring_size import check_ring_size
 from nnscaler_ring.models.heads import to_heads
 from nnscaler_ring.models.local_ring import local_ring_attention
@@ -41,6 +42,8 @@ class RingAttention(nn.Module):
 
     Source: Liu et al., "Ring Attention with Blockwise Transformers", arXiv 2310.01889.
     """
+
+    process_group = kept_group()
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""`RingAttentionModel`: the ring attention model of the Edifice library, in PyTorch."""
+"""`RingAttentionModel`: blocks of ring attention; the last timestep's vector is the result."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nnscaler_ring.core.ranks.agreement import refusing_together
 from nnscaler_ring.core.ranks.groups import group_string
+from nnscaler_ring.core.ranks.kept_group import kept_group
 from nnscaler_ring.core.ranks.ring_size import check_ring_size
 from nnscaler_ring.models.heads import to_heads
 from nnscaler_ring.models.last_token import last_token
@@ -29,8 +30,11 @@ class RingAttentionModel(nn.Module):
     and a GELU network of four times the width, pre-norm, with biases, dropout after each branch and
     between blocks; a final LayerNorm; the last timestep. There is no positional encoding.
 
-    Source: Edifice, `Edifice.Attention.RingAttention`; Liu et al., arXiv 2310.01889.
+    Source: Liu et al., arXiv 2310.01889. Structure and defaults are those of
+    `Edifice.Attention.RingAttention` (docs/origins.md).
     """
+
+    process_group = kept_group()
 
     def __init__(
         self,
@@ -156,6 +160,8 @@ class RingAttentionModel(nn.Module):
 class _Block(nn.Module):
     """One ring attention block; q, k and v come from one projection."""
 
+    process_group = kept_group()
+
     def __init__(
         self,
         hidden_size: int,
@@ -194,6 +200,6 @@ class _Block(nn.Module):
 
 
 def init_dense(linear: nn.Linear) -> None:
-    """Axon's default for a dense layer: Glorot uniform weights, zero biases."""
+    """Glorot uniform weights and zero biases."""
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from nnscaler_ring.core.ranks.kept_group import kept_group
 from nnscaler_ring.core.ranks.ring_size import check_ring_size
 from nnscaler_ring.models.heads import to_heads
 from nnscaler_ring.models.local_ring import local_ring_attention
@@ -17,10 +18,9 @@ from nnscaler_ring.zigzag_attn import wrap_zigzag_attn_func
 if TYPE_CHECKING:
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
 
-LAYOUTS = ("contiguous", "zigzag", "zigzag order")
-"""How ranks share a sequence. "contiguous": contiguous shards and `wrap_ring_attn_func`. "zigzag":
-contiguous shards and `wrap_zigzag_attn_func`, which balances the work and moves rows.
-"zigzag order": the caller holds two zigzag chunks, nothing but K and V moves."""
+LAYOUTS = ("contiguous", "zigzag")
+"""What a rank holds of a sequence, as in `wrap_zigzag_attn_func`: a contiguous shard, or the two
+chunks of zigzag, in order."""
 
 
 class SelfAttention(nn.Module):
@@ -31,7 +31,11 @@ class SelfAttention(nn.Module):
         num_heads: query heads.
         num_kv_heads: key and value heads; divides num_heads.
         head_dim: channels of a head; even.
-        layout: one of `LAYOUTS`.
+        layout: what the caller holds, one of `LAYOUTS`.
+        balanced: whether every rank computes as much as the others. True with contiguous shards:
+            attention moves rows to zigzag and back (`wrap_zigzag_attn_func`); False: no row of q
+            moves, and the last rank works longest (`wrap_ring_attn_func`). None: True. Zigzag
+            chunks are balanced as they are: there it must be given, as True.
         window: keys that a query sees before itself, in tokens; None is all.
         dropout_p: dropout of attention probabilities, while training.
         ring_size: with a group its size, or None. Without one the number of chunks that attention
@@ -41,6 +45,8 @@ class SelfAttention(nn.Module):
     Source: Ainslie et al., "GQA", arXiv 2305.13245.
     """
 
+    process_group = kept_group()
+
     def __init__(
         self,
         width: int,
@@ -48,7 +54,8 @@ class SelfAttention(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         *,
-        layout: str = "zigzag",
+        layout: str = "contiguous",
+        balanced: bool | None = None,
         window: int | None = None,
         dropout_p: float = 0.0,
         exchange: str = "direct",
@@ -56,8 +63,7 @@ class SelfAttention(nn.Module):
         process_group: ProcessGroupLike | None = None,
     ) -> None:
         super().__init__()
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}.")
+        self.balanced = check_layout(layout, balanced)
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_heads, {num_heads}, got {num_kv_heads}."
@@ -106,7 +112,29 @@ class SelfAttention(nn.Module):
             "exchange": self.exchange,
         }
         # Two calls, each by name: nnScaler finds ops by name.
-        if self.layout == "contiguous":
+        if not self.balanced:
             return wrap_ring_attn_func(q, k, v, **options)
-        held = "contiguous" if self.layout == "zigzag" else "zigzag"
-        return wrap_zigzag_attn_func(q, k, v, layout=held, **options)
+        return wrap_zigzag_attn_func(q, k, v, layout=self.layout, **options)
+
+
+def check_layout(layout: str, balanced: bool | None) -> bool:
+    """Whether work is balanced.
+
+    Raises:
+        ValueError: a layout that is not one of `LAYOUTS`, or one that meant something else before.
+    """
+    if layout == "zigzag order":
+        raise ValueError(
+            "layout must be what the caller holds, got 'zigzag order'; zigzag chunks are now "
+            "layout='zigzag', balanced=True."
+        )
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}.")
+    if layout == "zigzag" and balanced is not True:
+        # Before, this word meant contiguous shards, and zigzag chunks would be taken for them.
+        raise ValueError(
+            f"balanced must be True with layout='zigzag', got {balanced}: the word says that the "
+            "caller holds zigzag chunks, as in wrap_zigzag_attn_func; for contiguous shards whose "
+            "work is balanced leave both out."
+        )
+    return balanced is not False

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from nnscaler_ring.core.ranks.kept_group import kept_group
 from nnscaler_ring.models.decoder_layer import DecoderLayer
 from nnscaler_ring.models.rms_norm import RMSNorm
 from nnscaler_ring.models.rope import rope_rotation
@@ -29,7 +30,8 @@ class TransformerConfig:
     head_dim: int = 32
     hidden: int = 768  # of SwiGLU
     rope_base: float = 10_000.0
-    layout: str = "zigzag"
+    layout: str = "contiguous"
+    balanced: bool | None = None
     window: int | None = None
     dropout_p: float = 0.0
     exchange: str = "direct"
@@ -49,6 +51,8 @@ class Transformer(nn.Module):
     Source: Touvron et al., "LLaMA", arXiv 2302.13971.
     """
 
+    process_group = kept_group()
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -67,6 +71,7 @@ class Transformer(nn.Module):
                 num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
                 layout=config.layout,
+                balanced=config.balanced,
                 window=config.window,
                 dropout_p=config.dropout_p,
                 exchange=config.exchange,
@@ -100,7 +105,7 @@ class Transformer(nn.Module):
             positions = positions_of_shard(
                 ids.shape[1],
                 self.process_group,
-                layout="zigzag" if config.layout == "zigzag order" else "contiguous",
+                layout=config.layout,
                 shard_lens=shard_lens,
                 device=ids.device,
             )

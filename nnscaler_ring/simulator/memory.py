@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from nnscaler_ring.core.exchange import Program
 from nnscaler_ring.core.exchange.program import (
     OWN,
     Add,
@@ -97,11 +98,12 @@ def predict_memory(
     Not in it: score matrices of kernel="reference", O(rows * keys) of a tile, and the few masks
     of bands that torch_cpu makes once and keeps, under 1 MB each.
     """
-    ledger = _Ledger(call, rank, traits)
+    program = call.program(rank, Cut(listed=ALIKE))
+    ledger = _Ledger(call, program, traits)
     ledger.forward()
     forward = ledger.peak
     if backward:
-        ledger = _Ledger(call, rank, traits)
+        ledger = _Ledger(call, program, traits)
         ledger.backward()
         if ledger.peak.total() > forward.total():
             return Memory(dict(ledger.peak))
@@ -127,7 +129,7 @@ class _Ledger:
     """Note [A ledger of one rank]. Entries are `component:what`."""
 
     call: SimulatedCall
-    rank: int
+    program: Program
     traits: KernelTraits
     live: Counter[str] = field(default_factory=Counter)
     peak: Counter[str] = field(default_factory=Counter)
@@ -135,8 +137,8 @@ class _Ledger:
     def __post_init__(self) -> None:
         sizes = self.call.sizes
         self.schedule = self.call.schedule
-        self.rows = self.schedule.q_lens[self.rank]
-        self.keys = self.schedule.k_lens[self.rank]
+        self.rows = self.schedule.q_lens[self.program.rank]
+        self.keys = self.schedule.k_lens[self.program.rank]
         self.half = sizes.itemsize != sizes.sum_itemsize
         self.kv_row = sizes.kv_numbers * sizes.itemsize
         self.hold("q", self.rows * sizes.q_numbers * sizes.itemsize)
@@ -267,9 +269,8 @@ class _Ledger:
     # The actions of an exchange: core/exchange/perform.py.
 
     def perform(self, *, backward: bool) -> None:
-        """A pass of the rank's program, of whose many messages a few stand for all."""
-        program = self.call.program(self.rank, Cut(listed=ALIKE))
-        for action in performed(program.actions(backward=backward), in_order=False):
+        """A pass of the rank's program."""
+        for action in performed(self.program.actions(backward=backward), in_order=False):
             match action:
                 case Post() if action.carries == "keys":
                     self._post_keys(action)
@@ -280,6 +281,7 @@ class _Ledger:
                 case Compute():
                     self._compute(action, backward)
                 case Free():
+                    self.drop(f"messages:in {action.place}")
                     self.drop(*(f"kv_chunk:{action.place} {part}" for part in ("", "k", "v")))
                 case Add():
                     self._to_sum(self.sums[action.to])

@@ -2,9 +2,11 @@
 
 Note [A plan's shortcuts]
     Memory depends on a rank's share and on a few steps: it is foretold for a small group of ranks
-    with shares of the same length. Time is that of the first, the middle and the last rank, each
-    beside peers that are like it, the slowest counting; causal contiguous work, where they differ
-    most, is bound by the last rank, whose senders are done before it needs them.
+    with shares of the same length, unless an exchange holds all keys. Time is that of the first,
+    the middle and the last rank, each beside peers that are like it, the slowest counting; causal
+    contiguous work, where they differ most, is bound by the last rank, whose senders are done
+    before it needs them. Their programs come from a schedule in which pairs of ranks that are alike
+    stand for each other (alike_schedule.py), and have one message for each pair.
 """
 
 from __future__ import annotations
@@ -13,25 +15,27 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from nnscaler_ring.core.exchange import Sent
+from nnscaler_ring.core.exchange import EXCHANGES, Cut, Program
 from nnscaler_ring.core.plan.schedule import Mask
 from nnscaler_ring.core.sizes import SentBytes, Sizes
+from nnscaler_ring.simulator.alike_schedule import AlikeSchedule
 from nnscaler_ring.simulator.call import SimulatedCall, sides_of
 from nnscaler_ring.simulator.cluster import Cluster
+from nnscaler_ring.simulator.costs import Costs
 from nnscaler_ring.simulator.memory import KernelTraits, Memory, predict_memory, traits_of
-from nnscaler_ring.simulator.timeline import (
-    RankTimeline,
-    Timeline,
-    gather_then_compute,
-    run_steps,
-)
-from nnscaler_ring.simulator.work import Costs, RankWork, planned_work
+from nnscaler_ring.simulator.timeline import Timeline, run_programs
 
 MOST_RANKS = 16384
 """That a plan is made for: its time grows with the ranks, a second for some thousand."""
 
 ALIKE_RANKS = 4
 """See Note [A plan's shortcuts]."""
+
+ALIKE_SECONDS = 1.05
+"""Times that differ by less are alike to a model; of those the one that needs least memory wins."""
+
+ONE_MESSAGE = Cut(forward_keys=1 << 60, backward_keys=1 << 60)
+"""All that a rank reads from another at once: as many bytes and seconds, fewer actions."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,9 @@ class Job:
                 "use fewer ranks."
             )
 
-    def call(self, layout: str, exchange: str, *, tokens: int, ranks: int) -> SimulatedCall:
+    def call(
+        self, layout: str, exchange: str = "direct", *, tokens: int, ranks: int
+    ) -> SimulatedCall:
         """One layer's attention."""
         return SimulatedCall(tokens, ranks, self.sizes, self.mask, layout, exchange=exchange)
 
@@ -130,7 +136,9 @@ def plan(job: Job, cluster: Cluster) -> Plan:
     planner.check_one_token()
     strategies = tuple(planner.strategies())
     fitting = [s for s in strategies if s.fits]
-    best = min(fitting, key=lambda s: s.seconds, default=None)
+    fastest = min((s.seconds for s in fitting), default=0.0)
+    alike = [s for s in fitting if s.seconds <= ALIKE_SECONDS * fastest]
+    best = min(alike, key=lambda s: s.total_memory, default=None)
     return Plan(job, cluster, strategies, best, _advice(job, strategies, best))
 
 
@@ -153,10 +161,14 @@ class _Planner:
         return traits_of(TorchCpu())
 
     def check_one_token(self) -> None:
-        need = self._memory("zigzag", "direct", ranks=self.job.tokens, share=1)
-        if sum(need.values()) > self.available:
+        need = min(
+            sum(self._memory("zigzag", exchange, ranks=self.job.tokens, share=1).values())
+            for exchange, some in EXCHANGES.items()
+            if not some.holds_all_keys
+        )
+        if need > self.available:
             raise ValueError(
-                f"memory must hold at least one token of every layer, {sum(need.values())} bytes, "
+                f"memory must hold at least one token of every layer, {need} bytes, "
                 f"got {self.available:.0f} (memory less reserve); give more memory, or plan fewer "
                 "layers or heads."
             )
@@ -164,20 +176,19 @@ class _Planner:
     def strategies(self) -> Iterator[StrategyPlan]:
         job = self.job
         for layout in ("zigzag", "contiguous"):
-            call = self._call(layout, "direct")
-            both = [planned_work(call, rank) for rank in self._samples(job.ranks)]
-            works, rings = [direct for direct, _ in both], [ring for _, ring in both]
-            for exchange in ("direct", "ring", "all_gather"):
+            whole = job.call(layout, tokens=job.tokens, ranks=job.ranks).schedule
+            schedules = [AlikeSchedule(whole, rank) for rank in self._samples(job.ranks)]
+            busiest = max(schedule.visible_pairs() for schedule in schedules)
+            mean = self._mean_pairs()
+            for exchange, some in EXCHANGES.items():
+                programs = [
+                    some.program(schedule, schedule.rank, ONE_MESSAGE) for schedule in schedules
+                ]
                 memory = self._memory(layout, exchange, ranks=job.ranks)
                 total = sum(memory.values())
                 fits = total <= self.available
                 smallest = self._smallest(layout, exchange)
-                forward, backward = (
-                    self._time(layout, exchange, rings if exchange == "ring" else works, back)
-                    for back in (False, True)
-                )
-                pairs = [work.pairs() for work in works]
-                mean = self._mean_pairs()
+                forward, backward = (self._time(programs, back) for back in (False, True))
                 passes = [forward, backward] if job.backward else [forward]
                 yield StrategyPlan(
                     layout=layout,
@@ -187,57 +198,33 @@ class _Planner:
                     fits=fits,
                     reason="" if fits else _reason(total, self.available, smallest),
                     smallest_ranks=smallest,
-                    sent=self._sent(layout, exchange, works),
+                    sent=self._sent(programs),
                     forward_seconds=forward.seconds * job.layers,
                     backward_seconds=backward.seconds * job.layers if job.backward else 0.0,
                     overlap=sum(t.overlap for t in passes) / len(passes),
-                    busiest_over_mean=max(pairs) / mean if mean else 1.0,
+                    busiest_over_mean=busiest / mean if mean else 1.0,
                 )
 
     def _samples(self, ranks: int) -> list[int]:
         return sorted({0, ranks // 2, ranks - 1})
 
-    def _call(self, layout: str, exchange: str) -> SimulatedCall:
-        return self.job.call(layout, exchange, tokens=self.job.tokens, ranks=self.job.ranks)
-
     def _mean_pairs(self) -> float:
         """Of all ranks: the pairs of the whole matrix, one tile."""
-        call = self.job.call("contiguous", "direct", tokens=self.job.tokens, ranks=1)
+        call = self.job.call("contiguous", tokens=self.job.tokens, ranks=1)
         return sum(tile.pairs() for tile in call.schedule.tiles(0, (0,))) / self.job.ranks
 
-    def _time(self, layout: str, exchange: str, works: list[RankWork], backward: bool) -> Timeline:
+    def _time(self, programs: list[Program], backward: bool) -> Timeline:
+        """Of the slowest rank: Note [A plan's shortcuts]."""
         costs = Costs(self.job.sizes, self.cluster, self.traits)
-        if exchange != "all_gather":
-            lines = [
-                run_steps([work], costs, backward=backward, ring=exchange == "ring").ranks[0]
-                for work in works
-            ]
-            return max((Timeline((line,)) for line in lines), key=lambda t: t.seconds)
-        timelines = []
-        call = self._call(layout, exchange)
-        for work in works:
-            line = RankTimeline(work.rank)
-            tiles = [*work.local, *(tile for step in work.steps for tile in step.tiles)]
-            seconds = costs.seconds(tiles, backward=backward, alone=True)
-            gather_then_compute(call, line, seconds, costs, backward)
-            timelines.append(Timeline((line,)))
-        return max(timelines, key=lambda t: t.seconds)
+        each = [
+            run_programs({some.rank: some}, costs, backward=backward, keeps_events=False)
+            for some in programs
+        ]
+        return max(each, key=lambda timeline: timeline.seconds)
 
-    def _sent(self, layout: str, exchange: str, works: list[RankWork]) -> SentBytes:
-        sizes = self.job.sizes
-        most = SentBytes(0, 0, 0)
-        if exchange == "direct":
-            for work in works:
-                sent = Sent(
-                    sum(step.rows_out for step in work.steps),
-                    sum(step.rows_in for step in work.steps if not step.wide_in),
-                    sum(step.rows_in for step in work.steps if step.wide_in),
-                )
-                most = max(most, sizes.sent_bytes(sent), key=lambda s: s.total_bytes)
-        else:
-            lens = self._call(layout, exchange).schedule.k_lens
-            rows = (len(lens) - 1) * max(lens)
-            most = sizes.sent_bytes(Sent(rows, 0, rows))
+    def _sent(self, programs: list[Program]) -> SentBytes:
+        each = [self.job.sizes.sent_bytes(program.sent()) for program in programs]
+        most = max(each, key=lambda sent: sent.total_bytes)
         return most if self.job.backward else replace(most, backward_kv_bytes=0, gradient_bytes=0)
 
     def _memory(
@@ -246,7 +233,7 @@ class _Planner:
         """Bytes by component on the rank that needs most, all layers."""
         job, sizes = self.job, self.job.sizes
         share = -(-job.tokens // ranks) if share is None else share
-        few = ranks if exchange == "all_gather" else min(ranks, ALIKE_RANKS)
+        few = ranks if EXCHANGES[exchange].holds_all_keys else min(ranks, ALIKE_RANKS)
         call = job.call(layout, exchange, tokens=share * few, ranks=few)
         worst = Memory({})
         for rank in self._samples(few):
@@ -265,7 +252,7 @@ class _Planner:
         """The fewest ranks that fit, by bisection; memory falls as ranks are added."""
         job = self.job
         most = min(job.tokens, MOST_RANKS)
-        if exchange == "all_gather":
+        if EXCHANGES[exchange].holds_all_keys:
             # Every rank holds all keys; more ranks than this would not help any more.
             if job.tokens * job.sizes.kv_numbers * job.sizes.itemsize > self.available:
                 return None

@@ -9,7 +9,7 @@ from typing import Any
 from nnscaler_ring.simulator.call import SimulatedCall
 from nnscaler_ring.simulator.timeline import Timeline
 
-COLOURS = {"compute": "#4477aa", "transfer": "#ccbb44", "wait": "#ee6677"}
+COLOURS = {"compute": "#4477aa", "transfer": "#ccbb44", "wait": "#ee6677", "late": "#bbbbbb"}
 MIB = 2**20
 
 
@@ -86,7 +86,7 @@ def plot_timeline(path: Path, passes: Mapping[str, Timeline], title: str) -> Pat
     axes.set_yticks(range(len(timeline.ranks)), [f"rank {r.rank}" for r in timeline.ranks])
     axes.set_xlabel(name)
     axes.set_title(title, fontsize=10)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(COLOURS))
     return _save(figure, path)
 
 

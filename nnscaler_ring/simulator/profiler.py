@@ -91,7 +91,7 @@ class RingAttentionMemoryProfiler:
         )
 
     def profile_memory_usage(self) -> dict[str, int]:
-        """Bytes: the plan document's four figures, every other component, and the prediction.
+        """Bytes: four usual figures, every other component, and the prediction.
 
         `<component>_memory` is the component's own maximum, `total_memory` the peak of all
         together, which is less than the sum of maxima.

@@ -61,15 +61,17 @@ def markdown(record: Mapping[str, Any], pictures: Sequence[Path], command: str) 
         "",
         record["cluster"]["source"],
         "",
-        "| pass | seconds | transfers hidden | longest compute | longest wait |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| pass | seconds | transfers hidden | longest compute | longest wait | for a late peer |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, timeline in record["timeline"].items():
         compute = max(rank["compute_seconds"] for rank in timeline["ranks"])
-        wait = max(rank["wait_seconds"] for rank in timeline["ranks"])
+        wait, late = (
+            max(rank[f"{kind}_seconds"] for rank in timeline["ranks"]) for kind in ("wait", "late")
+        )
         lines.append(
             f"| {name} | {timeline['seconds']:.3g} | {timeline['overlap']:.0%} | {compute:.3g} | "
-            f"{wait:.3g} |"
+            f"{wait:.3g} | {late:.3g} |"
         )
     lines += ["", *(f"![{path.stem}]({path.name})" for path in pictures), ""]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

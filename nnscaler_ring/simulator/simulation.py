@@ -245,7 +245,7 @@ def _timeline_json(timeline: Timeline) -> dict[str, Any]:
                 "rank": rank.rank,
                 **{
                     f"{kind}_seconds": rank.seconds(kind)
-                    for kind in ("compute", "transfer", "wait")
+                    for kind in ("compute", "transfer", "wait", "late")
                 },
                 "events": [event._asdict() for event in rank.events],
             }

@@ -3,7 +3,7 @@
     python examples/test_ring_attention.py --device cpu --ranks 2 --verbose
 
 Every rank computes its shard through the ring, and compares with the definition, dense in float64
-on the whole sequence. Prints what the guide's suite prints, of what was measured.
+on the whole sequence. Prints differences, times and memory, all of them measured.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ class TestResult:
 
 
 class RingAttentionTester:
-    """The guide's test suite, on the ring path.
+    """A test of this machine: dilated attention over its ranks, against the definition.
 
     Args:
         device: "cpu" or "cuda", one GPU for each rank.
         dtype: of the tensors; float64 also takes the largest tolerance away.
         tolerance: largest absolute difference; None: `TOLERANCES` of the dtype.
-        verbose: print as the guide's suite does.
+        verbose: print every test, not only at the end which failed.
         ranks: that share the sequence.
 
     Raises:

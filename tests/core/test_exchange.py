@@ -328,7 +328,7 @@ def test_small_messages_equal_dense(pool):
         for problem in problems
     ]
     rounds = [
-        len([*rounds_of(problem.schedule, 0, keys_per_message)])
+        len([*rounds_of(problem.schedule, 0, keys_per_message)[0]])
         for problem, _, keys_per_message, *_ in cases
     ]
     assert sum(n > 3 for n in rounds) > 20, rounds  # more rounds than there are other ranks
@@ -388,7 +388,8 @@ def test_messages_follow_the_rows_that_a_pair_needs(pool):
             kv = 2 * messages_of(problem, 32, rank)
             assert forward.messages == kv, problem.what
             homebound = [
-                2 * (row_count(x.incoming.rows) > 0) for x in rounds_of(problem.schedule, rank, 16)
+                2 * (row_count(x.incoming.rows) > 0)
+                for x in rounds_of(problem.schedule, rank, 16)[0]
             ]
             kv = 2 * messages_of(problem, 16, rank)
             assert backward.messages == kv + sum(homebound), problem.what
@@ -400,7 +401,7 @@ def test_a_window_over_long_shards_is_not_cut_into_crumbs(keys, left):
     tokens = 1 << 20
     layout = LAYOUTS["contiguous"].for_shards((tokens,) * 3)
     schedule = Schedule(layout, layout, Window(left, 0))
-    rounds = rounds_of(schedule, 1, keys)
+    rounds = rounds_of(schedule, 1, keys)[0]
     lengths = [row_count(x.incoming.rows) for x in rounds if x.incoming.rows]
     assert sum(lengths) == left
     assert len(lengths) == max(1, 2 ** ((-(-left // (keys // 8))).bit_length() - 1))
@@ -411,10 +412,10 @@ def test_many_messages_are_made_when_they_are_asked_for(monkeypatch):
     """The same ones, and again in the next pass."""
     for problem in [*UNLIKE.values(), *random_problems(3, 50)]:
         for rank in problem.ranks:
-            kept = [*rounds_of(problem.schedule, rank, 3)]
+            kept = [*rounds_of(problem.schedule, rank, 3)[0]]
             with monkeypatch.context() as patch:
                 patch.setattr(rounds_module, "KEPT_ROUNDS", -1)
-                made = rounds_of(problem.schedule, rank, 3)
+                made = rounds_of(problem.schedule, rank, 3)[0]
             for _ in range(2):
                 assert [*made] == kept, problem.what
 
@@ -426,7 +427,7 @@ def test_a_plan_does_not_grow_with_the_tokens(monkeypatch):
     monkeypatch.setattr(PairWork, "step", lambda *x: cut.append(x) or step(*x))
     layout = LAYOUTS["zigzag"].for_shards((10**9 // 64 // 2 * 2,) * 64)
     schedule = Schedule(layout, layout, CAUSAL)
-    rounds = rounds_of(schedule, 5, 2048)
+    rounds = rounds_of(schedule, 5, 2048)[0]
     program = direct(schedule, 5)
     assert not cut
     first = next(iter(rounds))
@@ -443,7 +444,7 @@ def test_halves_and_wholes_stay_in_step():
     work = {
         sum(tile.pairs() for tile in round_.incoming.tiles)
         for rank in range(4)
-        for round_ in rounds_of(schedule, rank, 2048)
+        for round_ in rounds_of(schedule, rank, 2048)[0]
     }
     assert len(work) == 1, work
 
@@ -470,7 +471,7 @@ def test_plans_of_both_sides_fit(exchange):
 def test_a_step_is_a_permutation_of_the_ranks():
     """Round n of every rank receives from one rank and sends to one, all of them different."""
     problem = dense_problem("zigzag", "zigzag", (8,) * 5, False, (-1, -1))
-    all_rounds = [rounds_of(problem.schedule, rank, 2048) for rank in problem.ranks]
+    all_rounds = [rounds_of(problem.schedule, rank, 2048)[0] for rank in problem.ranks]
     for n in range(4):
         rounds = [[*some][n] for some in all_rounds]
         assert sorted(x.target for x in rounds) == list(problem.ranks)

@@ -63,7 +63,7 @@ def pairs_of_plan(rows: SpanningSegments, rank: int, causal: bool, message: int)
                         found[queries[i], keys[j]] += 1
 
     paint(schedule.tiles(rank, (rank,)), tokens_of(schedule.offered[rank], starts[rank]))
-    for round_ in rounds_of(schedule, rank, message):
+    for round_ in rounds_of(schedule, rank, message)[0]:
         step = round_.incoming
         offered = tokens_of(schedule.offered[step.source], starts[step.source])
         keys = [token for start, stop in step.rows for token in offered[start:stop]]
@@ -128,7 +128,7 @@ def test_a_pair_travels_as_used_rows_or_runs_whichever_are_fewer():
     for rows, causal in random_patterns(10, 300):
         schedule = OfferedRows(rows, CAUSAL if causal else FULL, "direct")
         for rank in range(len(rows.token_lens)):
-            for round_ in rounds_of(schedule, rank, 2048):
+            for round_ in rounds_of(schedule, rank, 2048)[0]:
                 source = round_.incoming.source
                 travels = row_count(round_.incoming.rows)
                 assert travels <= row_count(schedule.needed_rows(rank, source))

@@ -114,7 +114,7 @@ def test_limits():
     with pytest.raises(BufferLimitError, match=r"Requested QKV buffer \(192 elements\) exceeds"):
         small(q, k, v)
     RingDilatedAttention([4], [1], limits=BufferLimits(qkv_elements=192))(q, k, v)
-    assert issubclass(BufferLimitError, RuntimeError)  # what the guide catches
+    assert issubclass(BufferLimitError, RuntimeError)  # some programs catch that
     with pytest.raises(ValueError, match="qkv_elements must be at least 1 or None"):
         BufferLimits(qkv_elements=0)
     with pytest.raises(

@@ -139,7 +139,7 @@ def test_ring_size_is_the_fewest_ranks_that_fit():
 
 
 def test_ring_size_counts_heads_and_dtype():
-    """The guide's example, 10M tokens on 32 GPUs of 40 GB, for two models."""
+    """10M tokens on 32 GPUs of 40 GB, for two models."""
     small = calculate_optimal_ring_size(10_000_000, 32, num_heads=12, head_dim=64)
     wide = calculate_optimal_ring_size(10_000_000, 64, num_heads=12, head_dim=64, dtype="float32")
     assert 1 < small < wide
@@ -161,7 +161,11 @@ def test_block_size_fits_buffers_and_shard(ring_size, tokens):
 
 
 def test_segment_lengths():
-    assert optimize_segment_lengths(1_000_000, 8) == [2048, 4096, 8192]  # the guide's example
+    assert optimize_segment_lengths(1_000_000, 8) == [
+        2048,
+        4096,
+        8192,
+    ]  # of docs/origins.md
     assert optimize_segment_lengths(100, 4, 4) == [6, 12, 24, 25]
     assert optimize_segment_lengths(3, 8, 2) == [1, 1]
     with pytest.raises(ValueError, match="ring_size must be an int of at least 1, got 0"):

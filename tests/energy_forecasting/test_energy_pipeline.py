@@ -35,6 +35,8 @@ def test_from_data_to_a_forecast_plot(tmp_path, small):
     assert done.exit_code == 0 and "step 3 of 3 (done)" in done.output, done.output
     done = run("evaluate", *given, "--out", out)
     assert done.exit_code == 0, done.output
+    assert "gradient boosting" in done.output and "The model loses to" in done.output
+    assert "The band is NOT one of 90 %" in done.output or "The 90 % band holds" in done.output
     results = json.loads((out / "results.json").read_text())
     assert set(results["horizons"]) == {"24", "168"}
     assert -1 < results["horizons"]["24"]["skill"] < 1
@@ -45,7 +47,7 @@ def test_from_data_to_a_forecast_plot(tmp_path, small):
     assert page.count("data:image/png;base64,") == 4  # and nothing from elsewhere
     assert page.count("src=") == 4 and "href" not in page
     done = run("forecast", *given[:-2], "--out", out)
-    assert done.exit_code == 1 and "the columns ['demand', 'price'], as in training" in done.output
+    assert done.exit_code == 2 and "the columns ['demand', 'price'], as in training" in done.output
     done = run("forecast", *given, "--out", out)
     assert done.exit_code == 0, done.output
     assert (out / "forecast.png").read_bytes().startswith(b"\x89PNG")
@@ -99,16 +101,16 @@ def test_a_failed_fetch_writes_nothing(tmp_path, monkeypatch, arguments, message
     monkeypatch.delenv("EIA_API_KEY", raising=False)
     out = tmp_path / "out.csv"
     done = run(*arguments, "--out", out)
-    assert done.exit_code == 1 and message in " ".join(done.output.split()), done.output
+    assert done.exit_code == 2 and message in " ".join(done.output.split()), done.output
     assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_settings_are_one_line(tmp_path):
     checkpoint = tmp_path / "c.pt"
     done = run("train", "--context", "9000", "--checkpoint", checkpoint)
-    assert done.exit_code == 1 and "the series must be at least" in done.output
+    assert done.exit_code == 2 and "the series must be at least" in done.output
     done = run("train", "--context", "10", "--checkpoint", checkpoint)
-    assert done.exit_code == 1 and "--context must be at least 168, got 10" in done.output
+    assert done.exit_code == 2 and "--context must be at least 168, got 10" in done.output
     done = run("evaluate", "--checkpoint", checkpoint)
-    assert done.exit_code == 1 and "does not exist; run train first" in done.output
+    assert done.exit_code == 2 and "does not exist; run train first" in done.output
     assert not checkpoint.exists()

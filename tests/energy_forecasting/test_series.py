@@ -118,7 +118,11 @@ def test_offsets_in_the_file_win(tmp_path):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("time,mw\n", {}, r"target must be a column of load.csv, \['time', 'mw'\], got one of"),
+        (
+            "time,mw\n",
+            {},
+            r"target must be a column of load.csv named one of .*, got \['time', 'mw'\]; name",
+        ),
         ("time,load\n", {}, "load.csv must hold at least one row, got none"),
         ("time,load\nsoon,1\n", {}, "got 'soon' in load.csv line 2"),
         (

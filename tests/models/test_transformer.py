@@ -27,6 +27,11 @@ SIZES = {
 }
 
 
+# What the ranks hold, and whether their work is balanced; every layout is in it.
+WAYS = [("contiguous", False), ("contiguous", None), ("zigzag", True)]
+assert {layout for layout, _ in WAYS} == set(LAYOUTS)
+
+
 def build(process_group=None, **options):
     return Transformer(TransformerConfig(**{**SIZES, **options}), process_group=process_group)
 
@@ -39,11 +44,11 @@ def inputs(tokens: int):
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("lens", [[6, 6], [5, 0, 8], [3, 4, 3]], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_ranks_equal_one_device(pool, layout, lens, window):
+@pytest.mark.parametrize(("layout", "balanced"), WAYS)
+def test_ranks_equal_one_device(pool, layout, balanced, lens, window):
     tokens = sum(lens)
-    rows = zigzag_rows(tokens, len(lens)) if layout == "zigzag order" else contiguous_rows(lens)
-    model = partial(build, layout=layout, window=window)
+    rows = zigzag_rows(tokens, len(lens)) if layout == "zigzag" else contiguous_rows(lens)
+    model = partial(build, layout=layout, balanced=balanced, window=window)
     assert_ranks_equal_one_device(pool, model, *inputs(tokens), rows)
 
 
@@ -69,10 +74,10 @@ def dense(model: Transformer, ids: torch.Tensor, window: int | None) -> torch.Te
 
 
 @pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_dense_attention(layout, window):
+@pytest.mark.parametrize(("layout", "balanced"), WAYS)
+def test_equals_dense_attention(layout, balanced, window):
     ids, _ = inputs(15)
-    model = make(partial(build, layout=layout, window=window), None)
+    model = make(partial(build, layout=layout, balanced=balanced, window=window), None)
     expected = dense(model, ids, window)
     torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-10)
 
@@ -103,13 +108,16 @@ def test_weights_do_not_depend_on_the_group(pool):
 
 def state_of_rank(ranks):
     torch.manual_seed(0)
-    return build(ranks, layout="contiguous").state_dict()
+    return build(ranks, balanced=False).state_dict()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"layout": "striped"}, "layout must be one of"),
+        ({"layout": "zigzag order"}, "zigzag chunks are now layout='zigzag', balanced=True"),
+        ({"layout": "zigzag"}, "balanced must be True with layout='zigzag', got None"),
+        ({"layout": "zigzag", "balanced": False}, "as in wrap_zigzag_attn_func; for contiguous"),
         ({"num_kv_heads": 4}, "num_kv_heads must divide num_heads, 6, got 4"),
         ({"head_dim": 3}, "head_dim must be even for RoPE, got 3"),
     ],

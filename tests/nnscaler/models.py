@@ -110,3 +110,18 @@ class TwoCalls(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return wrap_ring_attn_func(q, k, v) + wrap_ring_attn_func(q, v, k, causal=False)
+
+
+class Autocast(nn.Module):
+    """A linear layer and attention in bf16 by autocast, then float32."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device_type, dtype=torch.bfloat16):
+            heads = self.linear(x).view(-1, TOKENS, 4, 4)
+            out = wrap_ring_attn_func(heads, heads, heads).flatten(2)
+        return out.float() * 2

@@ -37,9 +37,8 @@ def parallelize(
 ) -> tuple[Any, str]:
     """The parallel module, and this rank's generated code."""
     folder = shared_folder()
-    compute_config = nnscaler.ComputeConfig(
-        plan_ngpus, dist.get_world_size(), trace_strategy="cpu", **config
-    )
+    config = {"trace_strategy": "cpu", **config}
+    compute_config = nnscaler.ComputeConfig(plan_ngpus, dist.get_world_size(), **config)
     try:
         parallel = nnscaler.parallelize(
             module, dummy, policy, compute_config, gen_savedir=folder, instance_name=folder.name

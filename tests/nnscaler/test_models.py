@@ -30,10 +30,10 @@ ADAMW = partial(torch.optim.AdamW, lr=0.01, eps=1e-3)
 class LanguageLoss(nn.Module):
     """The sum over tokens of the loss of a `Transformer`."""
 
-    def __init__(self, layout: str) -> None:
+    def __init__(self, balanced: bool) -> None:
         super().__init__()
         sizes = {"width": WIDTH, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
-        config = TransformerConfig(VOCABULARY, **sizes, head_dim=4, hidden=10, layout=layout)
+        config = TransformerConfig(VOCABULARY, **sizes, head_dim=4, hidden=10, balanced=balanced)
         self.model = Transformer(config)
 
     def forward(self, ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def make_edifice(num_chunks: int = 1) -> RingAttentionModel:
 def make(name: str) -> nn.Module:
     torch.manual_seed(1)
     if name in ("contiguous", "zigzag"):
-        return LanguageLoss(name).double()
+        return LanguageLoss(name == "zigzag").double()
     models: dict[str, Any] = {
         "attention": partial(RingAttention, WIDTH, 2),
         "block": partial(EnergyTransformerBlock, WIDTH, 2, 10, dropout_rate=0.0),

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from nnscaler_ring.nnscaler_ops import FAILED_MILLISECONDS, OPS, tensor_names
+from tests.nnscaler.compat_models import PackedCall
 from tests.nnscaler.models import DilatedCall, OneCall
 from tests.nnscaler.runtime import nnscaler_ranks, parallelize
+from tests.nnscaler.test_compat import shuffled
 from tests.oracle import make_qkv
 from tests.ranks import RankPool
 
@@ -30,19 +32,26 @@ class Call:
     dtype: torch.dtype = torch.float32
 
     def model(self) -> torch.nn.Module:
-        return DilatedCall(self.options) if self.op == "dilated" else OneCall(self.op, self.options)
+        kinds = {"dilated": DilatedCall, "sliding": partial(PackedCall, "sliding")}
+        return kinds.get(self.op, partial(OneCall, self.op))(self.options)
 
-    def inputs(self) -> dict[str, torch.Tensor]:
-        batch = None if self.op == "varlen" else BATCH
+    @property
+    def packed(self) -> bool:
+        return self.op in ("varlen", "sliding")
+
+    def inputs(self) -> dict[str, Any]:
+        batch = None if self.packed else BATCH
         q, k, v = make_qkv(0, batch, TOKENS, TOKENS, 4, 2, 8, None, self.dtype)
-        found = {"q": q, "k": k, "v": v}
-        if self.op == "varlen":
+        found: dict[str, Any] = {"q": q, "k": k, "v": v}
+        if self.packed:
             found |= {"cu_q": BOUNDS, "cu_k": BOUNDS}
+        if self.op == "sliding":
+            return found | {"slopes": None}
         return found | {name: torch.zeros(shape) for name, shape in self.tensors.items()}
 
     def dims(self) -> dict[str, int]:
         dense = {"batch": 0, "sequence": 1, "heads": 2}
-        return {"sequence": 0, "heads": 1} if self.op == "varlen" else dense
+        return {"sequence": 0, "heads": 1} if self.packed else dense
 
 
 OPTIONS = {"softcap": 2.0, "dropout_p": 0.3, "dropout_seed": 5, "return_lse": True}
@@ -57,6 +66,7 @@ CALLS = (
     Call("varlen", {"causal": True}),
     Call("varlen", OPTIONS, {"slopes": (4,), "bias": (4, TOKENS, TOKENS), "sinks": (4,)}),
     Call("dilated", {"head_offsets": "block"}),
+    Call("sliding", {"window_size": (4, 0), "return_lse": True}),
 )
 
 
@@ -97,6 +107,38 @@ def test_every_op_is_timed(two_ranks: RankPool) -> None:
     for what, forward, backward in found:
         assert 0 < forward < FAILED_MILLISECONDS, what
         assert backward < 2 * FAILED_MILLISECONDS, what
+
+
+def profile_shuffled(ranks: list[int]) -> list[tuple[str, float]]:
+    """The ops under nnScaler's own names: each call, and its part by tokens."""
+    logging.disable(logging.CRITICAL)
+    found = []
+
+    def policy(graph: Any, cfg: Any) -> Any:
+        for node in graph.select(ntype=IRFwOperation):
+            if node.signature.startswith("nnscaler_ring."):
+                part = node.algorithm("dim").instantiate(idx=0, dim=0, num=2)[1]
+                for x in (node, part):
+                    found.append((node.name, database.ProfileDataBase().profile(x).fw_span))
+            for device, replica in enumerate(graph.replicate(node, len(ranks))):
+                graph.assign(replica, device)
+        return graph
+
+    with nnscaler_ranks() as nnscaler:
+        from nnscaler.ir.operator import IRFwOperation
+        from nnscaler.profiler import database
+
+        model, inputs = shuffled()
+        parallelize(nnscaler, model, inputs, policy, len(ranks))
+    logging.disable(logging.NOTSET)
+    return found
+
+
+def test_ops_under_their_names_are_timed(two_ranks: RankPool) -> None:
+    found = two_ranks.run(2, profile_shuffled, timeout=100)[0]
+    assert len(found) == 10
+    for name, forward in found:
+        assert 0 < forward < FAILED_MILLISECONDS, name
 
 
 def count_keys(ranks: list[int], calls: list[Call]) -> list[dict[str, Any]]:
@@ -149,7 +191,7 @@ def test_a_part_reads_what_its_rank_reads(two_ranks: RankPool) -> None:
     for (call, expected), found in zip(calls, results, strict=True):
         assert all(keys == list(expected) for keys in found["keys"]), call
         optional = [{"slopes": "alibi_slopes"}.get(name, name) for name in call.tensors]
-        assert list(found["names"][5 if call.op == "varlen" else 3 :]) == optional
+        assert list(found["names"][5 if call.packed else 3 :]) == optional
 
 
 def plan_with_cache(ranks: list[int], folder: Path) -> list[str]:

@@ -1,6 +1,6 @@
-"""The plan document's five problems and its success criteria, one test each.
+"""The repair plan of docs/origins.md: its five problems and its success criteria, a test each.
 
-Each would fail on the implementation that the document describes. Memory per rank is in
+Each would fail on the implementation that the plan describes. Memory per rank is in
 test_profiler.py; the billion tokens are a demonstration (test_demonstrations.py runs it small).
 """
 
@@ -137,9 +137,9 @@ def test_criterion_less_than_twice_the_time_of_sdpa_on_one_device(backward: bool
     assert statistics.median(ratios[1:]) < 2, ratios
 
 
-def test_the_table_of_the_plan_document_names_what_exists() -> None:
-    text = (ROOT / "docs" / "simulator.md").read_text()
-    table = text[text.index("## The plan document's item") :]
+def test_the_table_of_the_plan_names_what_exists() -> None:
+    text = (ROOT / "docs" / "origins.md").read_text()
+    table = text[text.index("## The plan to mend it") :]
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     names = re.findall(r"`([^`]+)`", table)
     found = {"tests": 0, "files": 0}

@@ -93,7 +93,7 @@ def test_score_matrices_are_seen() -> None:
 
 @pytest.mark.parametrize(("mask", "backward"), [(CAUSAL, False), (Window(700, 0), True)], ids=str)
 def test_memory_per_rank_falls_as_one_over_ranks(mask: Mask, backward: bool) -> None:
-    """The plan document's problem 3, and its first criterion: O(n / ring_size)."""
+    """Problem 3 of docs/origins.md's plan, and its first criterion: O(n / ring_size)."""
     peaks = []
     for ranks in (1, 2, 4, 8):
         sizes = Sizes(1, 1, 8, 8)

@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import pytest
 
+from nnscaler_ring.core.exchange.program import Post
 from nnscaler_ring.core.plan.schedule import CAUSAL, FULL, Mask
 from nnscaler_ring.simulator import SimulatedCall, Sizes
 from nnscaler_ring.simulator.cluster import Cluster, Link, Rates, load_cluster
 from nnscaler_ring.simulator.memory import KernelTraits
 from nnscaler_ring.simulator.timeline import Timeline, simulate_timeline
-from nnscaler_ring.simulator.work import rank_work
 
 SIZES = Sizes(4, 2, 16, 16)
 ENDLESS = 1e30
@@ -74,7 +74,12 @@ def test_a_slow_link_is_waited_for() -> None:
     found = timeline(slow, mask=FULL)
     call = SimulatedCall(1024, 4, SIZES, FULL, "zigzag")
     sent = (
-        sum(step.rows_in for step in rank_work(call, 0, backward=False).steps)
+        sum(
+            receive.length
+            for action in call.program(0).forward
+            if isinstance(action, Post)
+            for receive in action.receives
+        )
         * SIZES.kv_numbers
         * 4
     )

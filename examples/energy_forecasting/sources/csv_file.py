@@ -149,11 +149,9 @@ def _find(
 ) -> str:
     found = [n for n in ((name,) if name else usual) if n in names]
     if not found:
-        wanted = repr(name) if name else f"one of {list(usual)}"
         remedy = REMEDIES[argument] if len(names) > 1 else "separate columns by commas"
-        raise ValueError(
-            f"{argument} must be a column of {path.name}, {names}, got {wanted}; {remedy}."
-        )
+        which = f"one of {names}, got {name!r}" if name else f"named one of {[*usual]}, got {names}"
+        raise ValueError(f"{argument} must be a column of {path.name} {which}; {remedy}.")
     return found[0]
 
 

@@ -15,7 +15,7 @@ Note [One order of messages]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from typing import Literal
 
@@ -27,12 +27,12 @@ from nnscaler_ring.core.exchange.program import (
     Compute,
     Cut,
     Free,
-    Made,
     Post,
     Program,
     Receive,
     Send,
     Wait,
+    kept,
 )
 from nnscaler_ring.core.exchange.rounds import Round, Rounds, rounds_of
 from nnscaler_ring.core.plan.schedule import KeyRows, Schedule, Step, row_count
@@ -41,20 +41,14 @@ from nnscaler_ring.core.plan.schedule import KeyRows, Schedule, Step, row_count
 def direct(schedule: Schedule, rank: int, cut: Cut = USUAL) -> Program:
     """Every rank sends every other just the rows that it reads, in messages of a bounded length."""
     own = Compute(OWN, ((rank, 0, schedule.k_lens[rank]),), tuple(schedule.tiles(rank, (rank,))))
-    forward, backward = (
-        rounds_of(schedule, rank, keys, cut.listed)
-        for keys in (cut.forward_keys, cut.backward_keys)
-    )
+    lengths = cut.forward_keys, cut.backward_keys
+    forward, backward = rounds_of(schedule, rank, *lengths, listed=cut.listed)
     return Program(
         rank,
         schedule.k_lens,
-        _made(forward, lambda: _forward(own, rank, forward)),
-        _made(backward, lambda: _backward(own, rank, backward)),
+        kept(lambda: _forward(own, rank, forward), forward.most),
+        kept(lambda: _backward(own, rank, backward), backward.most),
     )
-
-
-def _made(rounds: Rounds, make: Callable[[], Iterator[Action]]) -> tuple[Action, ...] | Made:
-    return tuple(make()) if rounds.are_kept else Made(make)
 
 
 def _forward(own: Compute, rank: int, rounds: Rounds) -> Iterator[Action]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 
 from nnscaler_ring.core.exchange.program import (
@@ -43,6 +44,7 @@ from nnscaler_ring.core.exchange.program import (
 )
 from nnscaler_ring.core.exchange.rounds import Distance
 from nnscaler_ring.core.plan.schedule import KeyRows, Rows, Schedule, Step
+from nnscaler_ring.core.plan.span import SequenceLayout
 from nnscaler_ring.core.plan.tile import Tile, clip_keys, merge_neighbours
 
 STAGE_SHARDS = 4
@@ -70,7 +72,7 @@ def gathered(schedule: Schedule, rank: int, cut: Cut = USUAL) -> Program:
 def stage_distances(schedule: Schedule) -> list[list[int]]:
     """The distances of every stage, the same on all ranks: see Note [Stages]."""
     ranks, budget = schedule.world_size, STAGE_SHARDS * max(schedule.k_lens)
-    by_distance = _most_rows(schedule)
+    by_distance = _most_rows(schedule.q_layout, schedule.k_layout, ASKED_RANKS)
     stages: list[list[int]] = []
     brought: Counter[int] = Counter()
     for distance in range(1, ranks):
@@ -85,17 +87,20 @@ def stage_distances(schedule: Schedule) -> list[list[int]]:
     return stages
 
 
-def _most_rows(schedule: Schedule) -> dict[int, dict[int, int]]:
+@lru_cache(maxsize=16)
+def _most_rows(
+    q_layout: SequenceLayout, k_layout: SequenceLayout, asked_ranks: int
+) -> dict[int, dict[int, int]]:
     """By distance: the most rows that each of the ranks that are asked can read of the other."""
-    ranks = schedule.world_size
-    of_queries = [{q.document for q in schedule.q_layout.spans(rank)} for rank in range(ranks)]
+    ranks = len(q_layout.shard_lens)
+    of_queries = [{q.document for q in q_layout.spans(rank)} for rank in range(ranks)]
     holders: dict[int, Counter[int]] = defaultdict(Counter)
     for source in range(ranks):
-        for span in schedule.k_layout.spans(source):
+        for span in k_layout.spans(source):
             holders[span.document][source] += span.length
     totals = {document: held.total() for document, held in holders.items()}
     reads = [sum(totals.get(document, 0) for document in some) for some in of_queries]
-    asked = sorted(range(ranks), key=lambda rank: -reads[rank])[:ASKED_RANKS]
+    asked = sorted(range(ranks), key=lambda rank: -reads[rank])[:asked_ranks]
     found: dict[int, dict[int, int]] = defaultdict(Counter)
     for rank in asked:
         for document in of_queries[rank]:

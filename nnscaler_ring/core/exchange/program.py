@@ -30,6 +30,9 @@ from typing import Literal, NamedTuple
 from nnscaler_ring.core.plan.schedule import KeyRows, Rows, Schedule, row_count
 from nnscaler_ring.core.plan.tile import Tile
 
+KEPT_MESSAGES = 512
+"""For so many messages the actions of a pass are kept; see `kept`."""
+
 OWN = 0
 """The place of the rank's own rows: see Note [Places]."""
 
@@ -218,6 +221,11 @@ class Made:
         return self.make()
 
 
+def kept(make: Callable[[], Iterator[Action]], messages: int) -> tuple[Action, ...] | Made:
+    """The actions of a pass: made once, or, for more than some hundred messages, every time."""
+    return tuple(make()) if messages <= KEPT_MESSAGES else Made(make)
+
+
 def alone(schedule: Schedule) -> Program:
     """The program of a rank that is the only one: it computes its own keys."""
     (length,) = schedule.k_lens
@@ -228,7 +236,7 @@ def alone(schedule: Schedule) -> Program:
 def performed(actions: Iterable[Action], *, in_order: bool) -> Iterator[Action]:
     """The actions under one rule: `in_order` as NCCL matches. Note [Two rules of matching]."""
     other = "kinds" if in_order else "order"
-    return (a for a in actions if not (isinstance(a, Post) and a.only == other))
+    return (a for a in actions if type(a) is not Post or a.only != other)
 
 
 def rows_at_once(program: Program, *, backward: bool) -> int:

@@ -25,6 +25,7 @@ from nnscaler_ring.core.exchange.program import (
     Receive,
     Send,
     Wait,
+    kept,
 )
 from nnscaler_ring.core.plan.schedule import Schedule
 
@@ -40,7 +41,8 @@ def ring(schedule: Schedule, rank: int, cut: Cut = USUAL) -> Program:
         Compute(place, ((source, 0, lens[source]),), tuple(schedule.tiles(rank, (source,))))
         for place, source in enumerate(sources)
     ]
-    return Program(rank, lens, tuple(_forward(shards)), tuple(_backward(shards)))
+    passes = (kept(lambda some=some: some(shards), ranks) for some in (_forward, _backward))  # type: ignore[misc]
+    return Program(rank, lens, *passes)
 
 
 def _forward(shards: Sequence[Compute]) -> Iterator[Action]:

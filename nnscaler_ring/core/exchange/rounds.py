@@ -52,8 +52,8 @@ class Distance:
         """From the schedule."""
         ranks = schedule.world_size
         source, target = (rank - distance) % ranks, (rank + distance) % ranks
-        incoming = PairWork.of(schedule, rank, source)
-        return cls(distance, incoming, target, PairWork.of(schedule, target, rank))
+        incoming = schedule.pair(rank, source)
+        return cls(distance, incoming, target, schedule.pair(target, rank))
 
     def parts(self, longest: int, keys: int) -> tuple[int, int]:
         """How many messages come in and go out, of about `keys` tokens of the longest shard."""
@@ -103,12 +103,11 @@ class Rounds:
         self._longest = longest
         self._keys = keys
         self._listed = listed
-        most = sum(max(some.parts(longest, keys)) for some in distances)
-        self.are_kept = most <= KEPT_ROUNDS
-        self._kept = tuple(self._made()) if self.are_kept else ()
+        self.most = sum(max(some.parts(longest, keys)) for some in distances)
+        self._kept = tuple(self._made()) if self.most <= KEPT_ROUNDS else None
 
     def __iter__(self) -> Iterator[Round]:
-        return iter(self._kept) if self.are_kept else self._made()
+        return self._made() if self._kept is None else iter(self._kept)
 
     def _made(self) -> Iterator[Round]:
         for some in self._distances:
@@ -119,10 +118,19 @@ class Rounds:
             yield from some.rounds(self._longest, self._keys, chosen)
 
 
-def rounds_of(schedule: Schedule, rank: int, keys: int, listed: int | None = None) -> Rounds:
-    """A rank's messages with all others, of about `keys` tokens of the longest shard."""
+def rounds_of(
+    schedule: Schedule, rank: int, *keys: int, listed: int | None = None
+) -> tuple[Rounds, ...]:
+    """A rank's messages with all others, of about so many tokens of the longest shard each.
+
+    Of one or several passes; passes with messages of one length have the same.
+    """
     distances = [Distance.of(schedule, rank, n) for n in range(1, schedule.world_size)]
-    return Rounds(distances, max(schedule.k_lens), keys, listed)
+    made: dict[int, Rounds] = {}
+    for some in keys:
+        if some not in made:
+            made[some] = Rounds(distances, max(schedule.k_lens), some, listed)
+    return tuple(made[some] for some in keys)
 
 
 def _power_of_two(number: int) -> int:

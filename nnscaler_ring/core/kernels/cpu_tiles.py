@@ -29,6 +29,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BIAS_BLOCK = (2048, 8192)
 """Rows and keys of a call with score options: a bias and its gradient are built at a time."""
 
+POISONED = False
+"""Tests set it: what the kernel reads before it writes is then NaN."""
+
 
 class CpuTiles:
     """Memory O(rows), also with score options; the same bits for the same number of threads."""
@@ -123,8 +126,9 @@ class _Call(ctypes.Structure):
     """`Call` in native/call.h."""
 
     _fields_ = [
-        *((n, ctypes.c_int64) for n in ("dtype", "batch", "num_heads", "num_kv_heads", "nq", "nk")),
-        *((n, ctypes.c_int64) for n in ("head_dim", "v_head_dim")),
+        ("poisoned", ctypes.c_int64),
+        *((n, ctypes.c_int64) for n in ("dtype", "bias_dtype", "batch", "num_heads")),
+        *((n, ctypes.c_int64) for n in ("num_kv_heads", "nq", "nk", "head_dim", "v_head_dim")),
         *((n, _Tensor) for n in ("q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv")),
         *((n, _Tensor) for n in ("bias", "dbias")),
         *((n, ctypes.c_double) for n in ("softmax_scale", "softcap")),
@@ -142,6 +146,7 @@ class _Call(ctypes.Structure):
 
 def _call(q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> _Call:
     call = _Call()
+    call.poisoned = POISONED
     call.dtype = DTYPES.index(q.dtype)
     call.batch, call.nq, call.num_heads, call.head_dim = q.shape
     call.nk, call.num_kv_heads, call.v_head_dim = v.shape[1:]
@@ -162,8 +167,9 @@ def _take_mods(call: _Call, mods: ScoreMods) -> None:
     shape = (call.batch, call.num_heads)
     call.softcap = mods.softcap
     if mods.bias is not None:
-        bias = mods.bias.to(torch.float32)
+        bias = mods.bias if mods.bias.dtype in DTYPES else mods.bias.to(torch.float32)
         call.keep_alive.append(bias)
+        call.bias_dtype = DTYPES.index(bias.dtype)
         call.bias = _strided(bias.expand(*shape, call.nq, call.nk).transpose(1, 2))
     if mods.alibi_slopes is not None:
         # Distances are exact in float32: positions count from the tile's first key.

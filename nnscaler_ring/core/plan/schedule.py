@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from nnscaler_ring.core.plan.masks import CAUSAL, FULL, Mask, Window
@@ -77,6 +78,10 @@ class Schedule:
         """The key rows of `source` that some query of `rank` sees."""
         return union((tile.k0, tile.k1) for tile in self._pair_tiles(rank, source))
 
+    def pair(self, rank: int, source: int) -> PairWork:
+        """The work of `rank` on the keys of `source`."""
+        return PairWork.of(self, rank, source)
+
     def _pair_tiles(self, rank: int, source: int) -> Iterator[Tile]:
         keys_by_document = self._keys_by_document(source)
         if not keys_by_document:
@@ -138,6 +143,8 @@ class PairWork:
 
     def step(self, number: int, parts: int) -> Step:
         """One of `parts` equal messages that the needed rows are cut into; later ones are empty."""
+        if parts == 1 and number == 0:
+            return self._all
         total = row_count(self.rows)
         start, stop = (min(n, parts) * total // parts for n in (number, number + 1))
         clipped = (clip_keys(tile, start, stop) for tile in self.tiles)
@@ -145,6 +152,11 @@ class PairWork:
         cut = cut_rows(self.rows, start, stop)
         whole = row_count(cut) == self.source_len
         return Step(self.source, cut, part, _summed(part), whole)
+
+    @cached_property
+    def _all(self) -> Step:
+        whole = row_count(self.rows) == self.source_len
+        return Step(self.source, self.rows, self.tiles, _summed(self.tiles), whole)
 
 
 def row_count(rows: Rows) -> int:

@@ -150,7 +150,7 @@ class StepScores:
         scores, k = self._scores, Coordinates(*(x[tile.k] for x in self._k))
         bias = scores._bias
         if bias is not None:
-            bias = bias[..., tile.q, :].index_select(-1, k.tokens)
+            bias = _columns(bias[..., tile.q, :], k.tokens)
         return ScoreMods(
             softcap=scores._softcap,
             alibi_slopes=scores._slopes,
@@ -169,4 +169,42 @@ class StepScores:
         for dim in (0, 1):
             if dbias.shape[dim] == 1:
                 block = block.sum(dim, keepdim=True)
-        dbias[..., tile.q, :].index_add_(-1, self._k.tokens[tile.k], block.to(dbias.dtype))
+        rows, tokens = dbias[..., tile.q, :], self._k.tokens[tile.k]
+        if (runs := _runs(tokens)) is None:
+            rows.index_add_(-1, tokens, block.to(dbias.dtype))
+            return
+        for (start, stop), part in zip(runs, _parts(block, runs), strict=True):
+            rows[..., start:stop].add_(part)
+
+
+MOST_RUNS = 16
+"""Of neighbouring tokens in the keys of a tile: more are looked up one by one."""
+
+
+def _runs(tokens: Tensor) -> list[tuple[int, int]] | None:
+    """Tokens as runs [start, stop) of neighbours; None on a GPU, where looking waits, or of many.
+
+    A slice is copied 30 times as fast as as many columns of a matrix are looked up.
+    """
+    if tokens.device.type != "cpu":
+        return None
+    firsts = torch.cat(
+        [torch.zeros(1, dtype=torch.int64), 1 + (tokens.diff() != 1).nonzero()[:, 0]]
+    )
+    if len(firsts) > MOST_RUNS:
+        return None
+    lengths = torch.cat([firsts[1:], torch.tensor([len(tokens)])]) - firsts
+    starts = tokens[firsts]
+    return list(zip(starts.tolist(), (starts + lengths).tolist(), strict=True))
+
+
+def _parts(x: Tensor, runs: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    return x.split([stop - start for start, stop in runs], dim=-1)
+
+
+def _columns(x: Tensor, tokens: Tensor) -> Tensor:
+    """The columns of `tokens`: a view where they are neighbours."""
+    if (runs := _runs(tokens)) is None:
+        return x.index_select(-1, tokens)
+    slices = [x[..., start:stop] for start, stop in runs]
+    return slices[0] if len(slices) == 1 else torch.cat(slices, dim=-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from nnscaler_ring import __version__
-from nnscaler_ring.tools.commands import bench, check, demo, info, plan, simulate
+from nnscaler_ring.tools.commands import bench, build_kernel, check, demo, info, plan, simulate
 
 COMMANDS: tuple[click.Command, ...] = (
     info.info,
@@ -14,6 +14,7 @@ COMMANDS: tuple[click.Command, ...] = (
     plan.plan_command,
     simulate.simulate,
     bench.bench,
+    build_kernel.build_kernel,
 )
 
 

@@ -9,6 +9,7 @@ import click
 from rich.table import Table
 
 from nnscaler_ring import __version__
+from nnscaler_ring.core.kernels.native.library import describe
 from nnscaler_ring.tools.commands.options import json_option
 from nnscaler_ring.tools.commands.tables import Column, make_console, print_table
 from nnscaler_ring.tools.machine import cuda_versions, devices, kernel_table, package_versions
@@ -22,6 +23,7 @@ def info(as_json: bool) -> None:
         "nnscaler_ring": __version__,
         "versions": package_versions() | cuda_versions(),
         "devices": devices(),
+        "cpu_tiles": describe(),
         "kernels": kernel_table(),
     }
     if as_json:
@@ -44,6 +46,7 @@ def _facts_table(facts: dict[str, Any]) -> Table:
     table.add_row("platform", machine["platform"])
     table.add_row("cpus", f"{machine['cpus']} ({machine['torch_threads']} torch threads)")
     table.add_row("gpus", ", ".join(machine["gpus"]) or "none")
+    table.add_row("kernel cpu_tiles", facts["cpu_tiles"])
     table.add_row("backends", ", ".join(machine["backends"]) or "none")
     return table
 

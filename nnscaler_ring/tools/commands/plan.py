@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import click
 from rich.markup import escape
 
+from nnscaler_ring.core.exchange import EXCHANGES, Program
+from nnscaler_ring.core.exchange.listing import listing
 from nnscaler_ring.core.op.checks import check_window
+from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.sizes import Sizes, dtype_name
 from nnscaler_ring.simulator.cluster import Cluster, Link, check_cluster, load_cluster
 from nnscaler_ring.simulator.planner import Job, Plan, StrategyPlan, counted, gigabytes, plan
@@ -22,6 +26,9 @@ from nnscaler_ring.tools.commands.options import (
     usage_errors,
 )
 from nnscaler_ring.tools.commands.tables import Column, make_console, print_table
+
+MOST_LINES = 200
+"""Of a pass of a program; shards of millions of tokens travel in very many messages."""
 
 
 @click.command("plan")
@@ -53,7 +60,27 @@ from nnscaler_ring.tools.commands.tables import Column, make_console, print_tabl
 @click.option("--link-gb", type=Amount(), help="GB per second and direction inside a node.")
 @click.option("--network-gb", type=Amount(), help="GB per second and direction between nodes.")
 @json_option
-def plan_command(as_json: bool, device: str, mask: str, dtype: str, **given: Any) -> None:
+@click.option(
+    "--program",
+    "program_of",
+    type=Size(),
+    metavar="RANK",
+    help="Print instead what this rank posts, awaits and computes, in order.",
+)
+@click.option(
+    "--exchange", type=click.Choice([*EXCHANGES]), help="Of --program. Default: the recommended."
+)
+@click.option("--layout", type=click.Choice([*LAYOUTS]), help="Likewise.")
+def plan_command(
+    as_json: bool,
+    device: str,
+    mask: str,
+    dtype: str,
+    program_of: int | None,
+    exchange: str | None,
+    layout: str | None,
+    **given: Any,
+) -> None:
     """Say what to choose, and what every strategy takes in memory, bytes and time.
 
     Sizes may be written as 65536, 64k (64,000), 64Ki (65,536), 1M or 1e6. The exit code is 1 where
@@ -74,7 +101,18 @@ def plan_command(as_json: bool, device: str, mask: str, dtype: str, **given: Any
             recompute=given["recompute"],
             reserve_bytes=given["reserve_gb"] * 1e9,
         )
+        _check_program(program_of, job.ranks, exchange or layout, as_json)
         result = plan(job, cluster)
+    if program_of is not None:
+        chosen = result.recommended or result.strategies[0]
+        call = job.call(
+            layout or chosen.layout,
+            exchange or chosen.exchange,
+            tokens=job.tokens,
+            ranks=job.ranks,
+        )
+        _print_program(call.program(program_of), backward=job.backward)
+        return
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
     else:
@@ -101,6 +139,27 @@ def parse_mask(text: str) -> tuple[bool, tuple[int, int]]:
             f"mask must be causal, full, causal:LEFT or LEFT:RIGHT, got {text!r}; "
             "for example causal:4096."
         ) from None
+
+
+def _check_program(rank: int | None, ranks: int, chosen: str | None, as_json: bool) -> None:
+    if rank is None:
+        if chosen:
+            raise ValueError("exchange and layout go with --program RANK; a plan has them all.")
+        return
+    if as_json:
+        raise ValueError("json goes with a plan, not with --program; leave one of them out.")
+    if not 0 <= rank < ranks:
+        raise ValueError(f"program must be a rank, 0 to {ranks - 1}, got {rank}.")
+
+
+def _print_program(program: Program, *, backward: bool) -> None:
+    for some in (False, True) if backward else (False,):
+        lines = listing(program, backward=some)
+        for line in islice(lines, MOST_LINES):
+            click.echo(line)
+        rest = sum(1 for _ in lines)
+        if rest:
+            click.echo(f"  ... {rest:,} more lines")
 
 
 def _changed(cluster: Cluster, given: dict[str, Any]) -> Cluster:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.kernels import cpu_tiles
 from nnscaler_ring.core.kernels.contract import BackwardTensors
 from nnscaler_ring.core.kernels.cpu_tiles import DTYPES, PreparedCpuTiles
 from nnscaler_ring.core.kernels.native.build import INSTRUCTION_SETS
@@ -45,6 +46,12 @@ from tests.core.kernels.test_torch_cpu import STRIDES
 from tests.tolerances import RATIO_TO_ONE_DEVICE, relative_l2
 
 REFERENCE = Reference()
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read before it is written is NaN, not the 0 of fresh memory."""
+    monkeypatch.setattr(cpu_tiles, "POISONED", True)
 
 
 def kernel_of(instruction_set: str | None = None) -> PreparedCpuTiles:

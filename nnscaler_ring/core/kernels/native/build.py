@@ -73,7 +73,7 @@ def build_into(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as temporary:
         unfinished = Path(temporary) / "libraries"
         unfinished.mkdir()
-        _compile(command, unfinished)
+        compile_into(unfinished, command)
         try:
             unfinished.rename(folder)
         except OSError:
@@ -82,7 +82,13 @@ def build_into(folder: Path) -> Path:
     return folder
 
 
-def _compile(command: list[str], folder: Path) -> None:
+def compile_into(folder: Path, command: list[str] | None = None) -> None:
+    """Compile every instruction set, all at once, into a folder that nobody reads yet.
+
+    Raises:
+        BuildError: as its message says.
+    """
+    command = command or compiler()
     jobs = {}
     for name, flags in INSTRUCTION_SETS.items():
         defined = f'-DSOURCES="{sources_hash()}"'
@@ -97,6 +103,8 @@ def _compile(command: list[str], folder: Path) -> None:
             ) from error
     errors = {name: job.communicate()[1] for name, job in jobs.items()}
     if failed := [name for name, job in jobs.items() if job.returncode]:
+        for name in INSTRUCTION_SETS:
+            (folder / library_name(name)).unlink(missing_ok=True)
         said = errors[failed[0]][:500].strip()
         raise BuildError(f"{shlex.join(command)} failed for {', '.join(failed)}: {said}")
 

@@ -5,7 +5,9 @@
 namespace {
 
 struct Call {
-  int64_t dtype;  // of q, k, v, out, dout and what comes back for them; all else is float
+  int64_t poisoned;  // memory is NaN until it is written: for tests
+  int64_t dtype;     // of q, k, v, out, dout and what comes back for them; all but the bias else is float
+  int64_t bias_dtype;
   int64_t batch, num_heads, num_kv_heads, nq, nk, head_dim, v_head_dim;
   Tensor q, k, v, out, lse;       // lse: [batch, nq, num_heads]
   Tensor dout, dlse, dq, dk, dv;  // of the backward; dlse as lse, or no data

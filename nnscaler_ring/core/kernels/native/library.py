@@ -70,6 +70,14 @@ def library(instruction_set: str | None = None) -> Library | str:
     return reason
 
 
+def describe() -> str:
+    """One line for people: the instruction set and where the library is, or why there is none."""
+    found = library()
+    if isinstance(found, str):
+        return found
+    return f"compiled for {found.instruction_set}, in {found.folder}"
+
+
 def _folders() -> Iterator[Path]:
     if (SOURCES / library_name("baseline")).exists():
         yield SOURCES

@@ -62,9 +62,11 @@ static void modify_logits(const Call& call, const Panel& panel, Keys keys, float
   const float scale = std::fabs(call.softmax_scale), softcap = call.softcap;
   if (call.bias.data) {
     for (long i = 0; i < panel.rows; ++i)
-      row_in(FLOAT32, address(call.bias, FLOAT32, panel.batch, panel.first + i, panel.head) +
-             keys.first * call.bias.channel * 4, call.bias.channel, keys.count,
-             bias_rows + i * KEYS);
+      row_in(call.bias_dtype,
+             address(call.bias, call.bias_dtype, panel.batch, panel.first + i, panel.head) +
+                 keys.first * call.bias.channel * item_size(call.bias_dtype),
+             call.bias.channel, keys.count, bias_rows + i * KEYS);
+    memset(bias_rows + panel.rows * KEYS, 0, (QUERIES - panel.rows) * KEYS * 4);
     transpose(QUERIES, KEYS, bias_rows, KEYS, bias, QUERIES);
   }
   for (long j = 0; j < keys.count; ++j)

@@ -30,9 +30,10 @@ constexpr long FLOAT_CHUNK = 32; // so many products are summed before the sum j
 // Memory of one thread, handed out once.
 struct Memory {
   char *base = nullptr, *free_from = nullptr;
-  bool reserve(size_t floats, size_t pieces) {
+  bool reserve(size_t floats, size_t pieces, bool poisoned) {
     size_t bytes = round_up(floats * 4 + pieces * 64, 4096);
     free_from = base = (char*)std::aligned_alloc(4096, bytes);
+    if (base && poisoned) memset(base, 0xff, bytes);  // NaN
     return base != nullptr;
   }
   float* take(size_t floats) {
@@ -87,7 +88,8 @@ template <class Words> struct Kernel {
     const long widest = most(wide, v_wide);
     const long of_panel = (2 * (wide + v_wide) + widest) * QUERIES;
     const long sums = is_backward && shares == 1 ? sums_size() : 0;
-    if (!b.memory.reserve(PANELS * of_panel + 5 * KEYS * widest + 9 * BLOCK + sums, 64))
+    if (!b.memory.reserve(PANELS * of_panel + 5 * KEYS * widest + 9 * BLOCK + sums, 64,
+                          call.poisoned))
       return false;
     for (Panel& panel : b.panels) {
       panel.q_columns = b.memory.take(round_up(words, 16) * QUERIES);
@@ -107,7 +109,6 @@ template <class Words> struct Kernel {
       b.probability_rows = b.probability_pairs = b.logits;
       b.dscore_rows = b.dscore_pairs = b.dprobabilities;
     }
-    memset(b.bias_rows, 0, BLOCK * 4);
     if (sums) {
       b.dk = b.memory.take(call.nk * wide);
       b.dv = b.memory.take(call.nk * v_wide);
@@ -198,8 +199,12 @@ template <class Words> struct Kernel {
       modify_logits<SLOPES>(call, panel, keys, Words::UNIT, b.logits, b.slopes, b.bias_rows,
                             b.bias);
     hide_logits(call, panel, keys, b.logits);
-    for (long j = keys.count; j < round_up(keys.count, 2); ++j)  // keys go by twos
-      for (long i = 0; i < QUERIES; i += W) store(b.logits + j * QUERIES + i, splat(-INFINITY));
+    if (keys.count % 2 == 0) return;
+    // Keys go by twos: the probability and the gradient of the one past the last are 0.
+    for (long i = keys.count * QUERIES; i < (keys.count + 1) * QUERIES; ++i) {
+      b.logits[i] = -INFINITY;
+      b.slopes[i] = b.dprobabilities[i] = 0;
+    }
   }
 
   // Probabilities of two keys for W queries, to where the next product reads them.
@@ -447,7 +452,7 @@ template <class Words> struct Kernel {
       long divisor = threads;  // the greatest that threads and heads have in common
       while (kv_heads % divisor || threads % divisor) --divisor;
       shares = least(threads / divisor, batches);
-      if (shares > 1 && !sums.reserve(items() * sums_size(), 1)) return false;
+      if (shares > 1 && !sums.reserve(items() * sums_size(), 1, call.poisoned)) return false;
     }
     std::atomic<bool> failed(false);
     each(items(), threads, failed, [&](Blocks& b, long item) {
