@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnscaler_ring import dilated_attn, masks, ring_attn, ring_attn_varlen, zigzag_attn
 from nnscaler_ring.core.plan.dilation import HeadOffsets
-from nnscaler_ring.core.ranks.groups import Traffic, set_agreement_timeout, traffic
+from nnscaler_ring.core.ranks.groups import Traffic, set_agreement_timeout, set_step, traffic
 from nnscaler_ring.core.scores.dropout import DropoutSeed
 from nnscaler_ring.nnscaler_hook import register_when_imported
 from nnscaler_ring.zigzag_attn import zigzag_positions, zigzag_shard, zigzag_unshard
@@ -26,6 +26,7 @@ __all__ = [
     "Traffic",
     "masks",
     "set_agreement_timeout",
+    "set_step",
     "traffic",
     "wrap_dilated_attn_func",
     "wrap_ring_attn_func",

@@ -415,3 +415,24 @@ def set_agreement_timeout(process_group: ProcessGroupLike, seconds: float) -> No
     if string == ALONE:
         raise ValueError("process_group must be a group, got None: one device waits for nobody.")
     group_state(string).agreement_seconds = float(seconds)
+
+
+def set_step(process_group: ProcessGroupLike, step: int) -> None:
+    """Tell which batch this rank's next calls of the group belong to.
+
+    A rank that skips a whole batch before its first call makes the same calls as the others, of
+    other data, and nothing in the calls shows it. The step is compared in every call without a
+    message of its own, so that such a rank is named at once. It stays until it is set again.
+
+    Args:
+        process_group: as in `wrap_ring_attn_func`; None does nothing.
+        step: the same int on all ranks for the same batch.
+
+    Raises:
+        TypeError: step is not an int.
+    """
+    if isinstance(step, bool) or not hasattr(step, "__index__"):
+        raise TypeError(f"step must be an int, got {step!r}.")
+    string = group_string(process_group)
+    if string != ALONE:
+        group_state(string).calls.step = operator.index(step)
