@@ -6,9 +6,12 @@ Importing this package imports torch and the standard library only.
 from typing import TYPE_CHECKING, Any
 
 from nnscaler_ring import dilated_attn, masks, ring_attn, ring_attn_varlen, zigzag_attn
+from nnscaler_ring.core.op import flops
 from nnscaler_ring.core.plan.dilation import HeadOffsets
 from nnscaler_ring.core.ranks.groups import Traffic, set_agreement_timeout, set_step, traffic
 from nnscaler_ring.core.scores.dropout import DropoutSeed
+from nnscaler_ring.decode_attn import decode_attention
+from nnscaler_ring.merge_attn import merge_attention
 from nnscaler_ring.nnscaler_hook import register_when_imported
 from nnscaler_ring.zigzag_attn import zigzag_positions, zigzag_shard, zigzag_unshard
 
@@ -24,7 +27,9 @@ __all__ = [
     "DropoutSeed",
     "HeadOffsets",
     "Traffic",
+    "decode_attention",
     "masks",
+    "merge_attention",
     "set_agreement_timeout",
     "set_step",
     "traffic",
@@ -58,3 +63,4 @@ def __dir__() -> list[str]:
 
 
 register_when_imported()
+flops.register_when_imported()

@@ -141,7 +141,8 @@ def _shard(graph: Any, dims: Mapping[str, int], steps_of: Callable[[Any], Steps]
             f"{' and '.join(f'{kind} in dimension {dim}' for kind, dim in dims.items())} into an "
             "op that can be split there; pass dim=0 for packed tokens."
         )
-    tracks.report()
+    attention = [plan for node, plan in plans.items() if node.signature in ATTENTION]
+    tracks.report(whole_calls=sum(not plan for plan in attention), calls=len(attention))
     _separate_consumers(graph, plans)
     for node, plan in plans.items():
         parts = [node]
@@ -280,8 +281,12 @@ class _Tracks:
         self._whole[line] = self._whole.get(line, 0) + 1
         return ()
 
-    def report(self) -> None:
-        """Warn, once, of all ops that could not be split, with their lines in the model."""
+    def report(self, *, whole_calls: int, calls: int) -> None:
+        """Warn, once, of all ops that could not be split, with their lines in the model.
+
+        Args:
+            whole_calls: calls of attention, of so many, that are not split either.
+        """
         if self._whole:
             lines = [
                 f"  {line}{f' ({times} times)' if times > 1 else ''}"
@@ -289,8 +294,11 @@ class _Tracks:
             ]
             logger.warning(
                 "%d op(s) cannot be split along the sequence, and each device gets the whole "
-                "sequence for them; see 'Traps' in docs/nnscaler.md:\n%s",
+                "sequence for them, and for %d of %d call(s) of attention; see 'Traps' in "
+                "docs/nnscaler.md:\n%s",
                 sum(self._whole.values()),
+                whole_calls,
+                calls,
                 "\n".join(lines),
             )
 

@@ -63,6 +63,7 @@ def compare_with_eager(ranks: list[int], kind: str) -> None:
     group = group_as(kind, ranks)
     q, k, v, dout = inputs(dist.get_rank())
     cu = torch.tensor([0, 3, TOKENS * len(ranks)])
+    window: dict[str, Any] = {"window_size": (3, 0), "shard_lens": [TOKENS] * len(ranks)}
     options: dict[str, Any] = {
         "softcap": 3.0,
         "alibi_slopes": torch.tensor([0.1, 0.2]),
@@ -71,7 +72,7 @@ def compare_with_eager(ranks: list[int], kind: str) -> None:
         "dropout_seed": 3,
     }
     mask = {"mask": Chunks(3) | Prefix(2)}
-    for name, more in itertools.product(NAMES, ({}, {"window_size": (3, 0)}, mask, options)):
+    for name, more in itertools.product(NAMES, ({}, window, mask, options)):
 
         def model(q: Tensor, k: Tensor, v: Tensor, name: str = name, more: Any = more) -> Tensor:
             return attend(name, 2 * q, k, v, cu, process_group=group, **more) * 3

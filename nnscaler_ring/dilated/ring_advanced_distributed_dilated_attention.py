@@ -17,16 +17,12 @@ from nnscaler_ring.dilated.limits import BufferLimits
 from nnscaler_ring.dilated.ring_dilated_attention import CALLS_REMEMBERED
 from nnscaler_ring.dilated.ring_multihead_dilated_attention import RingMultiheadDilatedAttention
 from nnscaler_ring.training.checkpoints import TrainingCheckpoints
-from nnscaler_ring.training.deepspeed_config import make_deepspeed_config, require_deepspeed
-from nnscaler_ring.training.fsdp import shard_parameters
-from nnscaler_ring.training.gradients import sum_gradients
 from nnscaler_ring.training.mesh_dims import MeshDims
 from nnscaler_ring.training.monitoring import Monitor
+from nnscaler_ring.training.replica_gradients import ReplicaGradients
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-MB = 10**6
 
 
 class RingAdvancedDistributedDilatedAttention(RingMultiheadDilatedAttention):
@@ -159,53 +155,23 @@ class RingAdvancedDistributedDilatedAttention(RingMultiheadDilatedAttention):
         self.monitor = Monitor(log_level, profile_memory) if enable_monitoring else None
         if profile_memory and not enable_monitoring:
             raise ValueError("profile_memory must be False without enable_monitoring, got True.")
-        self.mesh = mesh
-        self._pending: set[int] = set()
-        self._dims = dims
-        self._bucket_bytes = int((25 if bucket_size is None else bucket_size) * MB)
-        if self._bucket_bytes < 1:
-            raise ValueError(f"bucket_size must be above 0 megabytes or None, got {bucket_size}.")
-        self.zero_stage = _zero_stage(zero_stage, use_deepspeed, dims)
-        self.deepspeed_config = None
-        if nvme_offload != (nvme_path is not None) or (nvme_offload and not use_deepspeed):
-            raise ValueError(
-                f"nvme_offload needs use_deepspeed=True and a folder nvme_path, got nvme_offload="
-                f"{nvme_offload}, nvme_path={nvme_path!r}, use_deepspeed={use_deepspeed}."
-            )
-        if use_deepspeed:
-            require_deepspeed()
-            self.deepspeed_config = make_deepspeed_config(
-                embed_dim=embed_dim,
-                zero_stage=self.zero_stage,
-                cpu_offload=cpu_offload,
-                nvme_path=nvme_path,
-                compress_gradients=use_gradient_compression,
-                bucket_megabytes=self._bucket_bytes / MB,
-                overlap_communication=overlap_communication is not False,
-                dtype=str(self.qkv_weight.dtype).removeprefix("torch."),
-            )
-            return
-        _check_gradient_options(
-            self.zero_stage,
+        self.mesh, self._dims = mesh, dims
+        self._gradients = ReplicaGradients(
+            dims,
+            use_deepspeed=use_deepspeed,
+            zero_stage=zero_stage,
             cpu_offload=cpu_offload,
+            nvme_offload=nvme_offload,
+            nvme_path=nvme_path,
             use_gradient_compression=use_gradient_compression,
             bucket_size=bucket_size,
             overlap_communication=overlap_communication,
         )
-        if self.zero_stage:
-            assert dims.replicas is not None
-            shard_parameters(
-                self,
-                dims.replicas,
-                reshard_after_forward=self.zero_stage == 3,
-                cpu_offload=cpu_offload,
-                compress=use_gradient_compression,
-            )
-        for number, parameter in enumerate(self.parameters()):
-            if self.zero_stage == 0 and dims.replicas is not None:
-                parameter.register_post_accumulate_grad_hook(
-                    lambda _, number=number: self._pending.add(number)
-                )
+        self.zero_stage = self._gradients.zero_stage
+        self.deepspeed_config = self._gradients.deepspeed_config(
+            embed_dim, str(self.qkv_weight.dtype).removeprefix("torch.")
+        )
+        self._gradients.attach(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """As `RingMultiheadDilatedAttention.forward`."""
@@ -218,14 +184,7 @@ class RingAdvancedDistributedDilatedAttention(RingMultiheadDilatedAttention):
         Raises:
             RuntimeError: FSDP2 or DeepSpeed has done so already.
         """
-        if self.zero_stage or self.deepspeed_config is not None:
-            raise RuntimeError(
-                f"sum_gradients is for zero_stage=0, this layer has zero_stage={self.zero_stage}: "
-                "its gradients are summed in the backward pass."
-            )
-        if self._dims.replicas is not None:
-            sum_gradients(self, self._dims.replicas, bucket_bytes=self._bucket_bytes)
-        self._pending.clear()
+        self._gradients.sum(self)
 
     def training_checkpoints(
         self, folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -242,7 +201,7 @@ class RingAdvancedDistributedDilatedAttention(RingMultiheadDilatedAttention):
     def get_memory_info(self) -> dict[str, Any]:
         """As `RingMultiheadDilatedAttention.get_memory_info`, and gradients yet to be summed."""
         info = super().get_memory_info()
-        info["pending_gradient_reductions"] = len(self._pending)
+        info["pending_gradient_reductions"] = self._gradients.pending
         info["mesh"] = self._dims.sizes()
         info["zero_stage"] = self.zero_stage
         return info
@@ -251,62 +210,12 @@ class RingAdvancedDistributedDilatedAttention(RingMultiheadDilatedAttention):
         """Free caches, gradients, and what the device's allocator keeps; the layer can go on."""
         self.clear_cache(force=True)
         self.zero_grad(set_to_none=True)
-        self._pending.clear()
+        self._gradients.forget()
 
     def _monitored(self) -> Any:
         if self.monitor is None or torch.compiler.is_compiling():
             return nullcontext()
         return self.monitor.forward(lambda: traffic(self.process_group).total_bytes)
-
-
-def _zero_stage(zero_stage: int | None, use_deepspeed: bool, dims: MeshDims) -> int:
-    replicated = dims.replicas is not None and dims.replicas.size() > 1
-    if zero_stage is None:
-        return 3 if replicated or use_deepspeed else 0
-    allowed = (0, 1, 2, 3) if use_deepspeed else (0, 2, 3)
-    if zero_stage not in allowed:
-        raise ValueError(
-            f"zero_stage must be one of {allowed} or None, got {zero_stage!r}; stage 1 shards "
-            "optimizer states, for example torch.distributed.optim.ZeroRedundancyOptimizer."
-        )
-    if zero_stage and dims.replicas is None and not use_deepspeed:
-        raise ValueError(
-            f"zero_stage must be 0 or None without ranks to shard over, got {zero_stage}; pass a "
-            "mesh with a 'data' or a 'sequence' dimension."
-        )
-    return zero_stage
-
-
-def _check_gradient_options(
-    zero_stage: int,
-    *,
-    cpu_offload: bool,
-    use_gradient_compression: bool,
-    bucket_size: float | None,
-    overlap_communication: bool | None,
-) -> None:
-    if zero_stage == 0:
-        for name, flag in (
-            ("cpu_offload", cpu_offload),
-            ("use_gradient_compression", use_gradient_compression),
-            ("overlap_communication", overlap_communication),
-        ):
-            if flag:
-                raise ValueError(
-                    f"{name} must be {'None or ' * (name[0] == 'o')}False with zero_stage=0, got "
-                    "True: FSDP2 does it; take zero_stage 2 or 3."
-                )
-    else:
-        if bucket_size is not None:
-            raise ValueError(
-                f"bucket_size must be None with zero_stage={zero_stage}, got {bucket_size}: FSDP2 "
-                "sums the gradients of a module in one message."
-            )
-        if overlap_communication is False:
-            raise ValueError(
-                f"overlap_communication must be None or True with zero_stage={zero_stage}, got "
-                "False: FSDP2 always overlaps; take zero_stage=0."
-            )
 
 
 def _check_backend(wanted: str | None, dims: MeshDims) -> None:

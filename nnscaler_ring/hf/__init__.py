@@ -19,10 +19,19 @@ except ImportError as error:
 
 from nnscaler_ring.hf.attention_function import NAME, register_attention
 from nnscaler_ring.hf.batch import shard_batch
+from nnscaler_ring.hf.cache import RingCache
 from nnscaler_ring.hf.model import apply_ring_attention
 from nnscaler_ring.hf.sharding import Sharding
+from nnscaler_ring.hf.trainer import RingTrainerMixin
 
-__all__ = ["NAME", "Sharding", "apply_ring_attention", "shard_batch"]
+__all__ = [
+    "NAME",
+    "RingCache",
+    "RingTrainerMixin",
+    "Sharding",
+    "apply_ring_attention",
+    "shard_batch",
+]
 
 del _transformers
 register_attention()

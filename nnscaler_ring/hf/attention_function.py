@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from nnscaler_ring.hf.cache import attend_to_layer, layer_of
 from nnscaler_ring.hf.sharding import SETTINGS, RingSettings, Sharding
+from nnscaler_ring.masks import Chunks
 from nnscaler_ring.ring_attn import wrap_ring_attn_func
 from nnscaler_ring.ring_attn_varlen import wrap_ring_attn_varlen_func
 from nnscaler_ring.zigzag_attn import wrap_zigzag_attn_func
@@ -70,18 +72,13 @@ def ring_attention(
         out [batch, tokens of this rank, heads, value's dim], and None for the probabilities.
     """
     settings = _settings(module)
-    if ring_sharding is None:
+    _refuse(module, attention_mask, settings, others)
+    layer = None if ring_sharding is not None else layer_of(module, key)
+    if ring_sharding is None and layer is None:
         raise ValueError(
             f"{_name(module)} got a batch that is not sharded (no ring_sharding among the model's "
             "keywords); pass what nnscaler_ring.hf.shard_batch(model, batch) returns, and whole. "
-            "To generate, see nnscaler_ring.hf.RingCache."
-        )
-    _refuse(module, attention_mask, settings, others)
-    if query.shape[2] != key.shape[2]:
-        raise NotImplementedError(
-            f"{_name(module)} must have as many keys as queries, got {query.shape[2]} queries and "
-            f"{key.shape[2]} keys: a cache beside a sharded batch, or cross attention; pass "
-            "use_cache=False, or see nnscaler_ring.hf.RingCache."
+            "To generate, pass cache=RingCache(model)."
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
@@ -89,24 +86,39 @@ def ring_attention(
             f"{_name(module)} must be causal, got is_causal={causal!r}; bidirectional layers are "
             "not supported."
         )
-    query, key, value = _under_autocast(query, key, value)
-    options: dict[str, Any] = {
+    q, k, v = (x.transpose(1, 2) for x in _under_autocast(query, key, value))
+    scores: dict[str, Any] = {
         "softmax_scale": scaling,
-        "causal": True,
         "window_size": (-1, -1) if sliding_window is None else (sliding_window - 1, 0),
-        "dropout_p": float(dropout),
         "softcap": float(softcap or 0.0),
-        "sinks": None if s_aux is None else s_aux.to(query.dtype),
+        "sinks": None if s_aux is None else s_aux.to(q.dtype),
+    }
+    chunked = _layer_type(module) == "chunked_attention"
+    if ring_sharding is None:
+        assert layer is not None
+        chunk_size = settings.chunk_size if chunked else None
+        return attend_to_layer(q, k, v, layer, settings, scores, chunk_size), None
+    if q.shape[1] != k.shape[1]:
+        raise NotImplementedError(
+            f"{_name(module)} must have as many keys as queries, got {q.shape[1]} queries and "
+            f"{k.shape[1]} keys: a cache beside a sharded batch, or cross attention; pass "
+            "use_cache=False, or see nnscaler_ring.hf.RingCache."
+        )
+    if chunked:
+        assert settings.chunk_size is not None
+        del scores["window_size"]
+        scores["mask"] = Chunks(settings.chunk_size)
+    else:
+        scores["causal"] = True
+    options: dict[str, Any] = {
+        **scores,
+        "dropout_p": float(dropout),
         "process_group": settings.process_group,
         "exchange": settings.exchange,
         "shard_lens": ring_sharding.shard_lens,
     }
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    documents = ring_sharding.cu_seqlens
-    if _layer_type(module) == "chunked_attention":
-        documents = ring_sharding.chunk_cu_seqlens
-    if documents is not None:
-        return _packed(q, k, v, documents, options), None
+    if ring_sharding.cu_seqlens is not None:
+        return _packed(q, k, v, ring_sharding.cu_seqlens, options), None
     if ring_sharding.layout == "zigzag":
         return wrap_zigzag_attn_func(q, k, v, layout="zigzag", **options), None  # type: ignore[return-value]
     return wrap_ring_attn_func(q, k, v, **options), None  # type: ignore[return-value]

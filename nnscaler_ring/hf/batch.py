@@ -87,7 +87,7 @@ def _shard(settings: RingSettings, batch: Mapping[str, Any]) -> dict[str, Any]:
     if position_ids is None:
         position_ids = _positions(cu_seqlens, size, total).to(tokens.device)
     shift_labels = _shift_labels(batch)
-    sharding = _sharding(settings, cu_seqlens, size, total, position_ids)
+    sharding = _sharding(settings, cu_seqlens, total, position_ids)
     rows = sharding.rows.to(tokens.device)
 
     found = {k: v for k, v in batch.items() if k not in (*CUT, *READ, *READ_NUMBERS)}
@@ -107,7 +107,6 @@ def _shard(settings: RingSettings, batch: Mapping[str, Any]) -> dict[str, Any]:
 def _sharding(
     settings: RingSettings,
     cu_seqlens: list[list[int]] | None,
-    size: int,
     total: int,
     position_ids: Tensor,
 ) -> Sharding:
@@ -121,16 +120,11 @@ def _sharding(
         )
     documents = None if cu_seqlens is None else cu_seqlens[0]
     layout = LAYOUTS[name].for_shards(even_lens(total, ranks), documents)
-    chunks = None
-    if settings.chunk_size is not None:
-        whole = cu_seqlens or [[0, total]] * size
-        chunks = tuple(_tensor(_cut(bounds, settings.chunk_size)) for bounds in whole)
     return Sharding(
         layout=name,
         shard_lens=tuple(layout.shard_lens),
         rows=token_index(layout.positions(place.block)),
         cu_seqlens=None if cu_seqlens is None else tuple(map(_tensor, cu_seqlens)),
-        chunk_cu_seqlens=chunks,
         last_position=int(position_ids.max()),
     )
 
@@ -248,12 +242,6 @@ def _positions(cu_seqlens: list[list[int]] | None, size: int, total: int) -> Ten
         return torch.arange(total).expand(size, total)
     rows = [torch.cat([torch.arange(b - a) for a, b in pairwise(row)]) for row in cu_seqlens]
     return torch.stack(rows)
-
-
-def _cut(bounds: list[int], chunk: int) -> list[int]:
-    """Every document in chunks, counted from its beginning."""
-    starts = [x for a, b in pairwise(bounds) for x in range(a, b, chunk)]
-    return [*starts, bounds[-1]]
 
 
 def _tensor(bounds: list[int]) -> Tensor:

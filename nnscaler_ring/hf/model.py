@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from nnscaler_ring.core.exchange import EXCHANGES
 from nnscaler_ring.core.ranks.groups import group_string
 from nnscaler_ring.hf.attention_calls import attention_call
 from nnscaler_ring.hf.attention_function import NAME
+from nnscaler_ring.hf.cache import note_cache
 from nnscaler_ring.hf.model_checks import check_model, chunk_size_of
 from nnscaler_ring.hf.rope import LAST_POSITION, watch_rotary_modules
-from nnscaler_ring.hf.sharding import SETTINGS, RingSettings, Sharding
+from nnscaler_ring.hf.sharding import SETTINGS, RingSettings, Sharding, transformers_model
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
@@ -75,8 +75,8 @@ def apply_ring_attention(
     _check_choice("layout", layout, LAYOUTS)
     _check_choice("packed_layout", packed_layout, PACKED_LAYOUTS)
     _check_choice("exchange", exchange, tuple(EXCHANGES))
-    inner = _transformers_model(model)
-    attention = check_model(inner, layout)
+    inner = transformers_model(model)
+    attention = check_model(inner)
     settings = RingSettings(
         process_group=process_group,
         # Also makes a group that does not exist yet, before anything is compiled.
@@ -103,6 +103,9 @@ def _watch(base: nn.Module, attention: list[Any]) -> None:
         for handle in before.handles:
             handle.remove()
     rotary, handles = watch_rotary_modules(base)
+    handles += [
+        module.register_forward_pre_hook(note_cache, with_kwargs=True) for module in attention
+    ]
     handles.append(base.register_forward_pre_hook(_before_forward, with_kwargs=True))
     setattr(base, WATCH, Watch(attention, rotary, handles))
 
@@ -139,13 +142,6 @@ def _before_forward(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     for rotary in watch.rotary:
         last = sharding.last_position if isinstance(sharding, Sharding) else None
         setattr(rotary, LAST_POSITION, last)
-
-
-def _transformers_model(model: nn.Module) -> PreTrainedModel:
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise TypeError(f"model must be or hold a transformers model, got {type(model).__name__}.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -41,7 +41,7 @@ MEETING_PLACES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
 """Modules in which neighbouring tokens meet."""
 
 
-def check_model(model: PreTrainedModel, layout: str) -> dict[str, nn.Module]:
+def check_model(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The attention modules of a model, by name, if all of it is right over sharded sequences.
 
     Raises:
@@ -53,7 +53,6 @@ def check_model(model: PreTrainedModel, layout: str) -> dict[str, nn.Module]:
         *_of_the_whole(model, base),
         *_of_layers(model, base, found),
         *_of_calls(model, found),
-        *_of_layout(model, layout),
     ]
     if problems:
         raise ValueError(
@@ -175,14 +174,6 @@ def _of_calls(model: PreTrainedModel, found: dict[str, nn.Module]) -> Iterable[s
                 f"{what} has a window but passes no sliding_window to attention; the window would "
                 "be lost; set config.sliding_window to None if full attention is meant"
             )
-
-
-def _of_layout(model: PreTrainedModel, layout: str) -> Iterable[str]:
-    if layout != "contiguous" and chunk_size_of(model) is not None:
-        yield (
-            "layers that attend within chunks need contiguous shards (chunks are balanced there): "
-            "pass layout='contiguous'"
-        )
 
 
 def chunk_size_of(model: PreTrainedModel) -> int | None:

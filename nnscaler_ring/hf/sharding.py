@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from nnscaler_ring.core.ranks.groups import find_place
 
@@ -54,8 +55,6 @@ class Sharding:
         rows: int64 [tokens of this rank], on the CPU: where they stand in the whole sequence.
         cu_seqlens: for packed sequences, one tensor per batch row, int32 on the CPU: where its
             documents begin, and the total; None where every row is one document.
-        chunk_cu_seqlens: the same, with every document cut into the model's attention chunks; None
-            where the model has none.
         last_position: the largest position id of the whole batch.
     """
 
@@ -63,7 +62,6 @@ class Sharding:
     shard_lens: tuple[int, ...]
     rows: Tensor
     cu_seqlens: tuple[Tensor, ...] | None
-    chunk_cu_seqlens: tuple[Tensor, ...] | None
     last_position: int
 
     def __deepcopy__(self, memo: object) -> Sharding:
@@ -89,3 +87,15 @@ def settings_of(model: nn.Module) -> RingSettings:
         f"model must be prepared for a group of ranks, got a {type(model).__name__} that is not; "
         "call nnscaler_ring.hf.apply_ring_attention(model, process_group=...) first."
     )
+
+
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside whatever wraps it.
+
+    Raises:
+        TypeError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise TypeError(f"model must be or hold a transformers model, got {type(model).__name__}.")

@@ -119,11 +119,6 @@ def test_a_routers_loss_switched_on_afterwards():
         forward(model)
 
 
-def test_chunks_need_contiguous_shards():
-    with pytest.raises(ValueError, match="pass layout='contiguous'"):
-        apply_ring_attention(build("llama4"), None)
-
-
 def test_a_window_that_is_not_passed(monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaAttention
 

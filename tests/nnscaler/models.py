@@ -125,3 +125,15 @@ class Autocast(nn.Module):
             heads = self.linear(x).view(-1, TOKENS, 4, 4)
             out = wrap_ring_attn_func(heads, heads, heads).flatten(2)
         return out.float() * 2
+
+
+class Gathering(nn.Module):
+    """An op that nnScaler does not know, twice in one line, and attention to what it gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        out = wrap_ring_attn_func(x, x, x)
+        for _ in range(2):
+            y = torch.log_softmax(x, dim=-1)
+            out = out + y
+        return out + wrap_ring_attn_func(y, y, y)

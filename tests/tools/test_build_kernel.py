@@ -1,5 +1,7 @@
 """`nnscaler-ring build-kernel`, with a compiler and without one."""
 
+import json
+
 import pytest
 from click.testing import CliRunner
 
@@ -36,3 +38,9 @@ def test_a_library_that_does_not_load_is_an_error(small):  # noqa: F811
     (small / "tiles.cpp").write_text("int nothing;")
     done = run()
     assert done.exit_code == 1 and "does not load" in done.output
+
+
+def test_as_json(monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    facts = json.loads(run("--optional", "--json").output)
+    assert facts["compiled"] is False and "/no/such/compiler" in facts["reason"]

@@ -42,7 +42,7 @@ def test_the_default_cases_are_those_of_the_issue():
     assert {case.ranks for case in chosen} == {8}
 
 
-CPU_KERNEL = "torch_cpu" if isinstance(library(), str) else "cpu_tiles"
+CPU_KERNEL = "torch_cpu" if isinstance(library(), str) else "cpu_tiles"  # of float32
 
 
 @pytest.mark.parametrize("case", cases((300, 500), **SMALL), ids=lambda case: case.label)

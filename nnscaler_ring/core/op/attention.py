@@ -16,7 +16,7 @@ from nnscaler_ring.core.op.options import Extras, Options, arguments_of
 from nnscaler_ring.core.op.whole_call import whole_op_attention
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.ranks.agreement import refusing_together
-from nnscaler_ring.core.ranks.groups import ALONE, find_place, group_string
+from nnscaler_ring.core.ranks.groups import ALONE, block_and_world_size, group_string
 from nnscaler_ring.core.scores.dropout import DropoutSeed, seed_tensor
 
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ def context_parallel_attention(
             checks.check_cu_seqlens_tensors(q, cu_seqlens_q, cu_seqlens_k)
         compute_len = q.shape[-3]
         if shard_lens is not None or shard_lens_k is not None:
-            place = find_place(group)
-            shard_lens = checks.check_shard_lens("shard_lens", shard_lens, place.world_size)
-            shard_lens_k = checks.check_shard_lens("shard_lens_k", shard_lens_k, place.world_size)
+            block, world_size = block_and_world_size(group)
+            shard_lens = checks.check_shard_lens("shard_lens", shard_lens, world_size)
+            shard_lens_k = checks.check_shard_lens("shard_lens_k", shard_lens_k, world_size)
             if shard_lens is not None:
-                compute_len = LAYOUTS[compute_layout].for_shards(shard_lens).shard_lens[place.block]
+                compute_len = LAYOUTS[compute_layout].for_shards(shard_lens).shard_lens[block]
     options = Options(
         op=op,
         group=group,
@@ -162,7 +162,7 @@ def dilated_attention(
         offsets = checks.check_head_offsets(head_offsets, k.shape[-2])
         assert offsets.num_kv_heads is not None, offsets  # filled in there
         if shard_lens is not None:
-            world_size = find_place(group).world_size
+            _, world_size = block_and_world_size(group)
             shard_lens = checks.check_shard_lens("shard_lens", shard_lens, world_size)
     options = DilatedOptions(
         op=op,

@@ -56,6 +56,7 @@ class Traffic:
     gradient_bytes: int = 0
     relayout_bytes: int = 0
     seed_bytes: int = 0
+    partial_bytes: int = 0
     messages: int = 0
 
     @property
@@ -67,6 +68,7 @@ class Traffic:
             + self.gradient_bytes
             + self.relayout_bytes
             + self.seed_bytes
+            + self.partial_bytes
         )
 
     def __sub__(self, earlier: Traffic) -> Traffic:
@@ -385,6 +387,16 @@ def find_place(string: str) -> Place:
         members = tuple(map(int, order.split(","))) if order else tuple(range(group.size()))
         places[string] = members, members.index(group.rank())
     return Place(group, *places[string])
+
+
+def block_and_world_size(string: str) -> tuple[int, int]:
+    """What `find_place` says, in integers, which torch.compile takes for constants."""
+    place = find_place(string)
+    return place.block, place.world_size
+
+
+# As for _string_of_ranks.
+block_and_world_size._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def traffic(process_group: ProcessGroupLike | None = None) -> Traffic:

@@ -41,10 +41,12 @@ from nnscaler_ring.core.ranks.groups import ALONE, Place, Traffic, group_of, gro
 from nnscaler_ring.core.ranks.staging import backends_of, carriage_of
 from nnscaler_ring.core.ranks.words import Message, Words
 
-Kind = Literal["forward_kv", "backward_kv", "gradient", "relayout", "seed"]
+Kind = Literal["forward_kv", "backward_kv", "gradient", "relayout", "seed", "partial"]
 __all__ = ["Kind", "Message", "Transfer", "Transport", "connect"]
 
-KINDS: tuple[Kind, ...] = ("forward_kv", "backward_kv", "gradient", "relayout", "seed")
+KINDS: tuple[Kind, ...] = (
+    *("forward_kv", "backward_kv", "gradient", "relayout", "seed", "partial"),
+)
 
 
 # torch 2.13 renamed both; the old names warn there.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 from nnscaler_ring.core.kernels.native.build import BuildError
-from nnscaler_ring.core.kernels.native.library import build, describe, library
+from nnscaler_ring.core.kernels.native.library import build, library
+from nnscaler_ring.tools.commands.options import json_option
 
 
 @click.command("build-kernel")
 @click.option("--optional", is_flag=True, help="Without a compiler, say so and end well.")
-def build_kernel(optional: bool) -> None:
+@json_option
+def build_kernel(optional: bool, as_json: bool) -> None:
     """Compile the kernel `cpu_tiles` into the user's cache, unless it is there.
 
     From then on kernel="auto" takes it for float32, bfloat16 and float16 on CPUs.
@@ -20,8 +24,23 @@ def build_kernel(optional: bool) -> None:
     except BuildError as error:
         if not optional:
             raise click.ClickException(str(error)) from error
-        click.echo(f'kernel cpu_tiles is not compiled: {error}; kernel="auto" does without it')
+        _tell({"compiled": False, "reason": str(error)}, as_json)
         return
-    if isinstance(library(), str):
-        raise click.ClickException(describe())
-    click.echo(f"kernel cpu_tiles: {describe()}")
+    found = library()
+    if isinstance(found, str):
+        raise click.ClickException(found)
+    facts = {"instruction_set": found.instruction_set, "folder": str(found.folder)}
+    _tell({"compiled": True, **facts}, as_json)
+
+
+def _tell(facts: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    elif facts["compiled"]:
+        click.echo(
+            f"kernel cpu_tiles: compiled for {facts['instruction_set']}, in {facts['folder']}"
+        )
+    else:
+        click.echo(
+            f'kernel cpu_tiles is not compiled: {facts["reason"]}; kernel="auto" does without it'
+        )

@@ -52,8 +52,9 @@ def is_compiled(request, monkeypatch) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_auto_takes_the_compiled_kernel_on_cpu_else_the_fused_one(
-    dtype, deterministic, is_compiled
+    dtype, deterministic, is_compiled, monkeypatch
 ):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     problem = changed(dtype=dtype, deterministic=deterministic)
     by_tiles = is_compiled and dtype != torch.float64
     assert select_kernel("auto", problem).name == ("cpu_tiles" if by_tiles else "torch_cpu")
@@ -64,6 +65,13 @@ def test_the_compiled_kernel_says_what_it_lacks(is_compiled):
     assert "on meta" in kernel_refusals(changed(device_type="meta"))["cpu_tiles"]
     reason = kernel_refusals(PROBLEM)["cpu_tiles"]
     assert reason is None if is_compiled else reason == "it is not compiled"
+
+
+def test_auto_leaves_plain_bfloat16_to_torch_where_there_is_amx(is_compiled, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert select_kernel("auto", changed(dtype=torch.bfloat16)).name == "torch_cpu"
+    for problem in (changed(), changed(dtype=torch.bfloat16, dropout=True)):
+        assert select_kernel("auto", problem).name == ("cpu_tiles" if is_compiled else "torch_cpu")
 
 
 def test_auto_never_picks_the_reference():
