@@ -451,13 +451,13 @@ def forecast(ranks: int, checkpoint: Path, out: Path, **given: Any) -> None:
         past = past_origins(series, saved, origin)
         by_rank = run_ranks(ranks, forecast_on_rank, series, saved, [past], timeout_seconds=600)
         made = collect(series, saved, past, [found[0] for found in by_rank])
-        quantiles, told = latest_bands(made, config)
+        quantiles, told, is_held = latest_bands(made, config)
         start = series.start + origin * HOUR
         names = [f"quantile_{level:g}" for level in config.model.quantiles]
         columns = {name: quantiles[:, n].round(1) for n, name in enumerate(names)}
         times = start + np.arange(len(quantiles)) * HOUR
         known = series.target[max(0, origin - 168) : origin]
-        image = png(forecast_figure(start, quantiles, config, past=known))
+        image = png(forecast_figure(start, quantiles, config, past=known, holds=is_held))
         forecast = HourlySeries.from_rows(times, columns, "forecast")
         forecast.write_csv(out / "forecast.csv", local_zone=config.time_zone)
         write_whole(out / "forecast.png", image)

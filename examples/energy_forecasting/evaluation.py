@@ -146,26 +146,29 @@ def past_origins(series: HourlySeries, saved: Checkpoint, origin: int) -> range:
     return range(origin - (origin - first) // DAY * DAY, origin + 1, DAY)
 
 
-def latest_bands(made: Forecasts, config: Config) -> tuple[Array, str]:
-    """The last forecast's quantiles, and what its bands are worth.
+def latest_bands(made: Forecasts, config: Config) -> tuple[Array, str, bool]:
+    """The last forecast's quantiles, what its bands are worth, and whether they are known to hold.
 
     Its bands follow the days before it; where those are fewer than `FEWEST_DAYS`, they are those
     of the checkpoint.
     """
     days = len(made.origins) - 1
     if days < FEWEST_DAYS:
-        return made.quantiles[-1], (
+        return (
+            made.quantiles[-1],
             f"Its bands were calibrated once, on the validation: only {days} days of forecasts "
-            f"before it have come, and {FEWEST_DAYS} are needed to follow them."
+            f"before it have come, and {FEWEST_DAYS} are needed to follow them.",
+            False,
         )
     hours = made.origins.astype("datetime64[h]").astype(int)
     adapted = adapt(made.fitted, made.actual, hours, config)
     recent = slice(-1 - FEWEST_DAYS, -1)
     held = _coverage(adapted[recent, :DAY], made.actual[recent, :DAY])
     name = "90 % band" if holds(held) else "widest band, which is NOT one of 90 %,"
-    return adapted[-1], (
+    told = (
         f"Over the {FEWEST_DAYS} days before it the {name} held {held:.1%} of the day-ahead hours."
     )
+    return adapted[-1], told, holds(held)
 
 
 def score(validation: Forecasts, test: Forecasts, config: Config) -> dict[str, Any]:

@@ -18,6 +18,9 @@ BLUE, ORANGE, GREY = "#0b7285", "#e8590c", "#868e96"
 BANDS = ("#d3e8ec", "#8fc1cb")
 """From the widest band in; opaque, so that the legend shows what is drawn."""
 
+INSTEAD = ("widest band, not 90 %", "inner band")
+"""What bands are called that do not hold what they say."""
+
 
 FEWEST_MONTHS = 4
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
@@ -37,8 +40,12 @@ def forecast_figure(
     *,
     actual: np.ndarray | None = None,
     past: np.ndarray | None = None,
+    holds: bool = True,
 ) -> Figure:
-    """Bands of one forecast, with what came and the hours before."""
+    """Bands of one forecast, with what came and the hours before.
+
+    `holds`: whether the bands hold what they say; else they are not called by their shares.
+    """
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots()
     zone = config.time_zone
@@ -52,7 +59,7 @@ def forecast_figure(
             quantiles[:, -1 - n] / 1e3,
             color=BANDS[min(n, len(BANDS) - 1)],
             lw=0,
-            label=f"{high - low:.0%} band",
+            label=f"{high - low:.0%} band" if holds else INSTEAD[min(n, len(INSTEAD) - 1)],
         )
     axes.plot(times, quantiles[:, middle] / 1e3, color=BLUE, lw=1.4, label="median")
     if past is not None:

@@ -43,7 +43,11 @@ def write_html(
         error_figure(test, config),
         *(
             forecast_figure(
-                test.origins[n], test.quantiles[n, :168], config, actual=test.actual[n, :168]
+                test.origins[n],
+                test.quantiles[n, :168],
+                config,
+                actual=test.actual[n, :168],
+                holds=all(score["band_holds_90_percent"] for score in results["horizons"].values()),
             )
             for n in (0, middle)
         ),

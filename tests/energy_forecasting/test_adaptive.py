@@ -7,6 +7,7 @@ from examples.energy_forecasting import adaptive
 from examples.energy_forecasting.adaptive import adapt, holds
 from examples.energy_forecasting.evaluation import Forecasts, latest_bands, why_no_anomalies
 from examples.energy_forecasting.metrics import coverage
+from examples.energy_forecasting.plots import forecast_figure
 from examples.energy_forecasting.scores_table import verdict
 from tests.energy_forecasting.example_series import SMALL
 from tests.energy_forecasting.test_calibration import NORMAL
@@ -125,6 +126,15 @@ def test_the_latest_forecast_says_what_its_bands_are_worth(days, message):
         naives=np.zeros((*actual.shape, 3)),
         available=np.full(days + 1, 168),
     )
-    quantiles, told = latest_bands(forecasts, SMALL)
+    quantiles, told, is_held = latest_bands(forecasts, SMALL)
+    assert is_held == (days == 60)
     assert message in told and quantiles.shape == (168, 5)
     assert (quantiles[0, 2] == 7) == (days == 5)  # the checkpoint's own, or those that follow
+
+
+def test_a_band_that_does_not_hold_is_not_called_by_its_share():
+    quantiles = np.broadcast_to(NORMAL, (24, 5))
+    origin = np.datetime64("2024-01-01T00")
+    for held, first in ((True, "90% band"), (False, "widest band, not 90 %")):
+        figure = forecast_figure(origin, quantiles, SMALL, holds=held)
+        assert figure.legends[0].get_texts()[0].get_text() == first
