@@ -37,7 +37,7 @@ def local_ring_attention(
     window: int | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Attention to a whole sequence on this device, in the order of a ring of `chunks` devices.
+    """Compute attention to a whole sequence on this device, in the order of a ring.
 
     Args:
         q: [batch, tokens, num_heads, head_dim].
@@ -109,7 +109,7 @@ class _LocalRing(torch.autograd.Function):
 
 
 class _Ring:
-    """The chunks, and the tiles between them."""
+    """Holds the chunks of one call, and the tiles between them."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, chunks: int, mask: Mask, dropout_p: float
@@ -124,9 +124,9 @@ class _Ring:
         self.kernel: AttentionKernel = select_kernel("auto", problem)
 
     def scores(self, block: int) -> Scores:
-        """How the queries of a chunk compute their scores."""
+        """Says how the queries of a chunk compute their scores."""
         return Scores(self.scale, self.schedule, block, dropout=self.dropout)
 
     def exchange(self, block: int, dk: RowSum | None = None, dv: RowSum | None = None) -> InChunks:
-        """The keys of all chunks, a chunk's own first."""
+        """Brings the keys of all chunks to one of them, its own first."""
         return InChunks(WholeSequence(self.schedule, block, dk, dv), len(self.rows), first=block)
