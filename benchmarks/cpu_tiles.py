@@ -236,9 +236,7 @@ def two_ranks(case: Case, reps: int) -> dict[str, Any]:
     } | {"runs": runs}
 
 
-def rows_of(part: str, cases: list[Case], reps: int) -> Iterator[Row]:
-    found = library()
-    assert isinstance(found, Library), found
+def rows_of(part: str, cases: list[Case], reps: int, found: Library) -> Iterator[Row]:
     parameters = {
         "repetitions": reps,
         "instruction_set": found.instruction_set,
@@ -257,11 +255,12 @@ def rows_of(part: str, cases: list[Case], reps: int) -> Iterator[Row]:
         yield make_row(f"cpu_tiles_{part}", case.name, parameters | asdict(case), results=results)
 
 
-def take_instruction_set(name: str | None) -> None:
+def take_instruction_set(name: str | None) -> Library:
     found = library(name)
     if isinstance(found, str):
         raise SystemExit(f"no cpu_tiles: {found}")
     cpu_tiles.library = lambda: found  # type: ignore[assignment,misc]
+    return found
 
 
 def run_preloaded() -> None:
@@ -292,12 +291,12 @@ def main(
     """Measure, print a table, and append a row per case to --out."""
     if preload and PRELOADED not in os.environ:
         run_preloaded()
-    take_instruction_set(instruction_set)
+    found = take_instruction_set(instruction_set)
     for part in parts:
         of_part = CASES if part == "one_thread" else RANK_CASES
         chosen = [c for c in both_dtypes(of_part) if not cases or any(x in c.name for x in cases)]
         table = Table("case", "figures", title=part)
-        for row in rows_of(part, chosen, repetitions):
+        for row in rows_of(part, chosen, repetitions, found):
             shown = {k: v for k, v in row["results"].items() if isinstance(v, float)}
             table.add_row(row["name"], ", ".join(f"{k} {v:.2f}" for k, v in shown.items()))
             if out is not None:

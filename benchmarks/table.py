@@ -151,6 +151,17 @@ def _one_device_line(row: Row) -> tuple[str, ...]:
     return row["name"], *times, f"{results['ratio']:.2f}"
 
 
+def _cpu_tiles_line(row: Row) -> tuple[str, ...]:
+    results, parameters = row["results"], row["parameters"]
+    conditions = f"{parameters['instruction_set']}, MKL {parameters['mkl']}"
+    shown = ", ".join(
+        f"{name.replace('_', ' ')} {value:.2f}"
+        for name, value in results.items()
+        if isinstance(value, float) and name != "load_average"
+    )
+    return row["name"], conditions, shown, f"{results['load_average']:.0f}"
+
+
 def _peers_line(row: Row) -> tuple[str, ...]:
     if row["error"]:
         return (row["name"], "-", "-", row["error"].replace("|", "\\|"), "-")
@@ -182,13 +193,20 @@ def _replay_line(row: Row) -> tuple[str, ...]:
     )
 
 
+CPU_TILES = ("case", "ours, MKL", "CPU time of torch_cpu / cpu_tiles, or kept", "load average")
 WITHOUT_WORK = {
+    "cpu_tiles_one_thread": "causal, one thread, our op with either kernel",
+    "cpu_tiles_two_threads": "causal, wall time with one thread / with two",
+    "cpu_tiles_two_ranks": "zigzag order, kept fraction of two ranks",
     "memory_scaling": "one RingAttention(512, 8) layer",
     "one_device": "causal, 4 heads of 64, one process",
 }
 """What rows are about that do not say it."""
 
 COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[Row], tuple[str, ...]]]] = {
+    "cpu_tiles_one_thread": (CPU_TILES, _cpu_tiles_line),
+    "cpu_tiles_two_threads": (CPU_TILES, _cpu_tiles_line),
+    "cpu_tiles_two_ranks": (CPU_TILES, _cpu_tiles_line),
     "one_device": (("case", "ours, ms", "F.sdpa, ms", "median of ratios"), _one_device_line),
     "memory_scaling": (
         ("tokens", "ranks", "peak MiB, busiest rank", "scores of all heads, computed MiB"),

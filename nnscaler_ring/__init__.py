@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nnscaler_ring import dilated_attn, masks, ring_attn, ring_attn_varlen, zigzag_attn
 from nnscaler_ring.core.op import flops
 from nnscaler_ring.core.plan.dilation import HeadOffsets
-from nnscaler_ring.core.ranks.groups import Traffic, set_agreement_timeout, traffic
+from nnscaler_ring.core.ranks.groups import Traffic, set_agreement_timeout, set_step, traffic
 from nnscaler_ring.core.scores.dropout import DropoutSeed
 from nnscaler_ring.decode_attn import decode_attention
 from nnscaler_ring.merge_attn import merge_attention
@@ -35,6 +35,7 @@ __all__ = [
     "packed_rows",
     "packed_shard_lens",
     "set_agreement_timeout",
+    "set_step",
     "traffic",
     "wrap_dilated_attn_func",
     "wrap_ring_attn_func",

@@ -122,7 +122,7 @@ def decode_attention(
     slopes = None if alibi_slopes is None else alibi_slopes.expand(q.shape[0], -1)
     lens = cache_lens.to(q.device, torch.int64)
     with entered:
-        transport = transport_of(group, place, entered)
+        transport = transport_of(place, entered)
         if q.shape[1] > 1 or left >= 0 or slopes is not None:
             everybodys = lens[None] if group == ALONE else transport.all_gather("partial", lens)
             positions = _key_positions(k_cache, key_positions, everybodys[: place.block].sum(0))

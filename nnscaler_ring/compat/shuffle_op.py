@@ -74,7 +74,7 @@ def shuffle_documents_op(
     )
     connect(group, x.device)
     with entered:
-        (moved,) = move_rows([(x, 0)], moves, transport_of(group, place, entered))
+        (moved,) = move_rows([(x, 0)], moves, transport_of(place, entered))
     return moved, torch.full((1,), entered.number)
 
 

@@ -22,8 +22,10 @@ REASONS = {
 
 
 def refuse_unless(name: str, value: object, only: object) -> None:
-    """Raises:
-    NotImplementedError: the value is not the only one that can be honoured.
+    """Refuse every value but the only one that can be honoured.
+
+    Raises:
+        NotImplementedError: there is another value.
     """
     if value != only or type(value) is not type(only):
         if isinstance(only, float) and value == only:
@@ -32,8 +34,10 @@ def refuse_unless(name: str, value: object, only: object) -> None:
 
 
 def refuse_unless_none(name: str, value: object) -> None:
-    """Raises:
-    NotImplementedError: there is a value.
+    """Refuse every value.
+
+    Raises:
+        NotImplementedError: there is one.
     """
     if value is not None:
         got = "a tensor" if hasattr(value, "shape") else repr(value)

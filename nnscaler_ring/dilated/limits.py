@@ -30,8 +30,10 @@ class BufferLimits:
                 raise ValueError(f"{name} must be at least 1 or None for any, got {value}.")
 
     def check_communication(self, size: int) -> None:
-        """Raises:
-        BufferLimitError: the messages hold too many bytes.
+        """Refuse messages that are too large together.
+
+        Raises:
+            BufferLimitError: the messages hold too many bytes.
         """
         limit = self.communication_bytes
         if limit is not None and size > limit:
@@ -43,8 +45,10 @@ class BufferLimits:
             )
 
     def check_qkv(self, elements: int) -> None:
-        """Raises:
-        BufferLimitError: q, k and v have too many numbers.
+        """Refuse q, k and v that are too large together.
+
+        Raises:
+            BufferLimitError: q, k and v have too many numbers.
         """
         limit = self.qkv_elements
         if limit is not None and elements > limit:

@@ -72,7 +72,7 @@ class _Ledger:
         return [*self.plan.shared, *(part for parts in self.plan.alone for part in parts)]
 
     def messages(self, *, backward: bool) -> int:
-        """Bytes in messages at one time: parts follow one another, so those of the largest."""
+        """Count the bytes in messages at one time, which are those of the largest part."""
         sizes = self.sizes
         largest = 0.0
         for part in self.plan.shared:
@@ -82,7 +82,7 @@ class _Ledger:
         return round(largest * sizes.kv_numbers * item)
 
     def forward(self) -> Memory:
-        """q, k and v, a float32 sum and one branch beside it, one part, and the result."""
+        """Count q, k and v, a float32 sum and one branch beside it, one part, and the result."""
         sizes, item, wide = self.sizes, self.sizes.itemsize, self.sizes.sum_itemsize
         result = sizes.out_numbers * wide + sizes.lse_bytes
         taken = self._largest(sizes.q_numbers * item + 2 * result, sizes.kv_numbers * item)
@@ -99,7 +99,7 @@ class _Ledger:
         )
 
     def training(self) -> Memory:
-        """The backward pass, unless the forward pass needs more."""
+        """Count the backward pass, unless the forward pass needs more."""
         sizes, item, wide = self.sizes, self.sizes.itemsize, self.sizes.sum_itemsize
         q_row = (sizes.q_numbers + 2 * sizes.out_numbers) * item + 2 * sizes.lse_bytes
         taken = self._largest(
@@ -126,7 +126,7 @@ class _Ledger:
         )
 
     def _rows(self, selection: object) -> float:
-        """Of all heads: half of the heads of ten rows are five rows."""
+        """Count rows of all heads: half of the heads of ten rows are five rows."""
         assert isinstance(selection, (WholeSegmentRows, SpanningRows)), selection
         if isinstance(selection, SpanningRows):
             count = sum(strip.span.length for strip in selection.strips)
@@ -137,7 +137,7 @@ class _Ledger:
         return count * _heads(selection.group) / self.sizes.num_kv_heads
 
     def _share(self, part: Part) -> float:
-        """The heads that a part is of, of all."""
+        """The share of all heads that a part computes."""
         assert isinstance(part.queries, SpanningRows), part
         return _heads(part.queries.group) / self.sizes.num_kv_heads
 

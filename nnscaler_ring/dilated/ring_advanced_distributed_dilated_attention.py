@@ -174,7 +174,7 @@ class RingAdvancedDistributedDilatedAttention(RingMultiheadDilatedAttention):
         self._gradients.attach(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """As `RingMultiheadDilatedAttention.forward`."""
+        """Does what `RingMultiheadDilatedAttention.forward` does."""
         with self._monitored():
             return super().forward(*args, **kwargs)
 
@@ -189,7 +189,7 @@ class RingAdvancedDistributedDilatedAttention(RingMultiheadDilatedAttention):
     def training_checkpoints(
         self, folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> TrainingCheckpoints:
-        """What saves a training run every `checkpoint_interval` steps, and resumes it."""
+        """Make what saves a training run every `checkpoint_interval` steps, and resumes it."""
         return TrainingCheckpoints(
             folder,
             model,
@@ -199,7 +199,7 @@ class RingAdvancedDistributedDilatedAttention(RingMultiheadDilatedAttention):
         )
 
     def get_memory_info(self) -> dict[str, Any]:
-        """As `RingMultiheadDilatedAttention.get_memory_info`, and gradients yet to be summed."""
+        """Tells what the class above tells, and how many gradients are yet to be summed."""
         info = super().get_memory_info()
         info["pending_gradient_reductions"] = self._gradients.pending
         info["mesh"] = self._dims.sizes()

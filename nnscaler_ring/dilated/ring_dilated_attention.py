@@ -112,7 +112,7 @@ class RingDilatedAttention(nn.Module):
 
     @property
     def chunks(self) -> int:
-        """The parts that this device computes keys in."""
+        """The number of parts that this device computes keys in."""
         return self.ring_size if self.process_group is None else 1
 
     def forward(
@@ -145,7 +145,7 @@ class RingDilatedAttention(nn.Module):
     def compute(
         self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, shard_lens: Sequence[int] | None
     ) -> Tensor:
-        """The op, without this module's checks."""
+        """Call the op, without this module's checks."""
         options: dict[str, Any] = {
             "causal": is_causal,
             "head_offsets": self.head_offsets,

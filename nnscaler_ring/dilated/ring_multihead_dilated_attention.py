@@ -173,7 +173,7 @@ class RingMultiheadDilatedAttention(nn.Module):
         return self._compiled(*inputs), None
 
     def get_memory_info(self) -> dict[str, Any]:
-        """As `RingDilatedAttention.get_memory_info`, and the bytes of this rank's parameters."""
+        """Tells what `RingDilatedAttention` tells, and the bytes of this rank's parameters."""
         info = self.attention.get_memory_info()
         local = [local_part(p) for p in self.parameters()]
         info["parameter_bytes"] = sum(p.numel() * p.element_size() for p in local)
@@ -182,7 +182,7 @@ class RingMultiheadDilatedAttention(nn.Module):
         return info
 
     def clear_cache(self, force: bool = False) -> None:
-        """As `RingDilatedAttention.clear_cache`."""
+        """Does what `RingDilatedAttention.clear_cache` does."""
         self.attention.clear_cache(force)
 
     def _compute(
@@ -266,7 +266,7 @@ class RingMultiheadDilatedAttention(nn.Module):
         return self.num_heads // self._ranks.size, kv_heads, kv_heads
 
     def _heads_like(self, x: Tensor, heads: int) -> Tensor:
-        """What a projection will give, without its values."""
+        """Stands for what a projection will give, without its values."""
         shape = (*x.shape[:2], heads, self.head_dim)
         return torch.empty(shape, device="meta", dtype=_linear_dtype(x))
 
@@ -279,7 +279,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear_dtype(x: Tensor) -> torch.dtype:
-    """Of a projection of x, also under autocast."""
+    """The dtype of a projection of x, also under autocast."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

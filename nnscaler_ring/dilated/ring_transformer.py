@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
 
 NO_LABEL = -100
-"""Of the last token of the sequence, which has no next one."""
+"""The label of the last token of the sequence, which has no next one."""
 
 
 class RingTransformerLayer(nn.Module):
@@ -58,7 +58,7 @@ class RingTransformerLayer(nn.Module):
 
 
 class RingTransformer(nn.Module):
-    """Token ids in, logits of each next token out; learned positions, global ones.
+    """Takes token ids and returns logits of each next token; positions are learned and global.
 
     Args:
         max_seq_len: the most tokens of a whole sequence.
@@ -133,7 +133,7 @@ def next_tokens(
     process_group: ProcessGroupLike | None = None,
     shard_lens: Sequence[int] | None = None,
 ) -> Tensor:
-    """The next token of each of this rank's: that of the last one is the first of the next shard.
+    """Find the token after each of this rank's; after its last comes the first of the next shard.
 
     Args:
         input_ids: int64 [batch, tokens], this rank's contiguous shard; it may be empty.

@@ -77,8 +77,9 @@ def ring_attention(
     if ring_sharding is None and layer is None:
         raise ValueError(
             f"{_name(module)} got a batch that is not sharded (no ring_sharding among the model's "
-            "keywords); pass what nnscaler_ring.hf.shard_batch(model, batch) returns, and whole. "
-            "To generate, pass cache=RingCache(model)."
+            "keywords); pass what nnscaler_ring.hf.shard_batch(model, batch) returns, all of it. "
+            "To generate, pass cache=RingCache(model). If all was passed, this model drops "
+            "keywords on the way to its layers, and cannot be used."
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:

@@ -14,7 +14,7 @@ from nnscaler_ring.models.swiglu import SwiGLU
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, then SwiGLU, each on the normalised residual stream and added to it.
+    """Applies self-attention, then SwiGLU, each on the normalised residual stream and added to it.
 
     Args:
         width: channels of the residual stream.
@@ -32,6 +32,6 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, rotation: Rotation, shard_lens: Sequence[int] | None = None
     ) -> Tensor:
-        """x [batch, tokens, width] -> the same shape; see `SelfAttention.forward`."""
+        """Takes x [batch, tokens, width], returns the same shape; see `SelfAttention.forward`."""
         x = x + self.attention(self.attention_norm(x), rotation, shard_lens)
         return x + self.feed_forward(self.feed_forward_norm(x))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def to_heads(x: Tensor, linear: nn.Linear, num_heads: int) -> Tensor:
-    """`linear(x)` split into heads: [batch, tokens, width] -> [batch, tokens, heads, head_dim].
+    """Compute `linear(x)`, split into heads: [batch, tokens, width] to [batch, tokens, heads, d].
 
     The weight is split instead of the result, whose shape is never read: nnScaler gathers whatever
     has its shape read.

@@ -20,7 +20,7 @@ def last_token(
     process_group: ProcessGroupLike | None = None,
     shard_lens: Sequence[int] | None = None,
 ) -> Tensor:
-    """Row -1 of the whole sequence: x [batch, tokens, width] -> [batch, width] on every rank.
+    """Return row -1 of the whole sequence, of x [batch, tokens, width], as [batch, width].
 
     Every rank gets a copy. As everywhere in this package the loss is the sum of the ranks' losses:
     the owner's gradient is the sum of the gradients of all copies. Ranks that compute the same loss

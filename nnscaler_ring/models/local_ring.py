@@ -8,15 +8,14 @@ on the number. nnScaler gathers the sequence for it, with a warning: there, leav
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nnscaler_ring.core.chunks import InChunks, WholeSequence
 from nnscaler_ring.core.engine import attention_backward, attention_forward
-from nnscaler_ring.core.exchange import GradientStep, Keys
 from nnscaler_ring.core.kernels import AttentionKernel, BackwardTensors, Problem, select_kernel
 from nnscaler_ring.core.op.checks import check_dropout_p, check_qkv, check_scale, check_window
 from nnscaler_ring.core.plan.layout import Contiguous
@@ -38,7 +37,7 @@ def local_ring_attention(
     window: int | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Attention to a whole sequence on this device, in the order of a ring of `chunks` devices.
+    """Compute attention to a whole sequence on this device, in the order of a ring.
 
     Args:
         q: [batch, tokens, num_heads, head_dim].
@@ -85,7 +84,7 @@ class _LocalRing(torch.autograd.Function):
                 q[:, rows],
                 k,
                 v,
-                exchange=_Order(ring, block),
+                exchange=ring.exchange(block),
                 kernel=ring.kernel,
                 scores=ring.scores(block),
             )
@@ -102,7 +101,7 @@ class _LocalRing(torch.autograd.Function):
         for block, rows in enumerate(ring.rows):
             dq[:, rows], *_ = attention_backward(
                 BackwardTensors(dout[:, rows], None, q[:, rows], k, v, out[:, rows], lse[block]),
-                exchange=_Order(ring, block, dk, dv),
+                exchange=ring.exchange(block, dk, dv),
                 kernel=ring.kernel,
                 scores=ring.scores(block),
             )
@@ -110,7 +109,7 @@ class _LocalRing(torch.autograd.Function):
 
 
 class _Ring:
-    """The chunks, and the tiles between them."""
+    """Holds the chunks of one call, and the tiles between them."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, chunks: int, mask: Mask, dropout_p: float
@@ -125,41 +124,9 @@ class _Ring:
         self.kernel: AttentionKernel = select_kernel("auto", problem)
 
     def scores(self, block: int) -> Scores:
-        """How the queries of a chunk compute their scores."""
+        """Says how the queries of a chunk compute their scores."""
         return Scores(self.scale, self.schedule, block, dropout=self.dropout)
 
-
-class _Order:
-    """The exchange of one chunk: its own keys, then those of the chunk before, and so on around.
-
-    Nothing travels. `dk` and `dv` are the sums over all chunks.
-    """
-
-    def __init__(
-        self, ring: _Ring, block: int, dk: RowSum | None = None, dv: RowSum | None = None
-    ) -> None:
-        self._ring, self._block = ring, block
-        self._dk, self._dv = dk, dv
-
-    def steps(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        chunks = len(self._ring.rows)
-        for distance in range(chunks):
-            source = (self._block - distance) % chunks
-            rows = self._ring.rows[source]
-            tiles = self._ring.schedule.tiles(self._block, (source,))
-            yield Keys(k[:, rows], v[:, rows], tiles, ((source, 0, rows.stop - rows.start),))
-
-    def gradient_steps(self, k: Tensor, v: Tensor) -> Iterator[GradientStep]:
-        assert self._dk is not None and self._dv is not None
-        chunks = len(self._ring.rows)
-        for distance, keys in enumerate(self.steps(k, v)):
-            step = GradientStep(*keys, RowSum(keys.k), RowSum(keys.v))
-            yield step
-            rows = self._ring.rows[(self._block - distance) % chunks]
-            if keys.tiles:
-                self._dk.add_(rows, step.dk.current())
-                self._dv.add_(rows, step.dv.current())
-
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        assert self._dk is not None and self._dv is not None
-        return self._dk.current(), self._dv.current()
+    def exchange(self, block: int, dk: RowSum | None = None, dv: RowSum | None = None) -> InChunks:
+        """Brings the keys of all chunks to one of them, its own first."""
+        return InChunks(WholeSequence(self.schedule, block, dk, dv), len(self.rows), first=block)

@@ -75,7 +75,7 @@ class RingAttention(nn.Module):
 
     @property
     def chunks(self) -> int:
-        """The parts that this device computes in the order of a ring."""
+        """The number of parts that this device computes, in the order of a ring."""
         return self.ring_size if self.process_group is None else 1
 
     def forward(self, x: Tensor, shard_lens: Sequence[int] | None = None) -> Tensor:
@@ -111,7 +111,7 @@ class RingAttention(nn.Module):
         return self.w_o(out.flatten(2))
 
     def _refuse_length(self, tokens: int, segment_size: int) -> None:
-        """On every rank, if on one."""
+        """Raise on every rank, if on one."""
         with refusing_together(group_string(self.process_group), "RingAttention"):
             raise ValueError(
                 f"segment_size * ring_size = {segment_size} * {self.ring_size} must be the length "

@@ -24,7 +24,7 @@ HIDDEN_SIZE = 256
 
 
 class RingAttentionModel(nn.Module):
-    """A sequence in, the last timestep's hidden vector out. Made by `build`.
+    """Takes a sequence and returns the last timestep's hidden vector. `build` makes one.
 
     Input projection (only where embed_dim is not hidden_size), then blocks of causal ring attention
     and a GELU network of four times the width, pre-norm, with biases, dropout after each branch and
@@ -93,7 +93,7 @@ class RingAttentionModel(nn.Module):
         window_size: int = 60,
         process_group: ProcessGroupLike | None = None,
     ) -> RingAttentionModel:
-        """The model.
+        """Make the model.
 
         Args:
             embed_dim: channels of the input.
@@ -123,7 +123,7 @@ class RingAttentionModel(nn.Module):
 
     @staticmethod
     def output_size(**opts: Any) -> int:
-        """Channels of the result of `build(**opts)`."""
+        """The number of channels in the result of `build(**opts)`."""
         return int(opts.get("hidden_size", HIDDEN_SIZE))
 
     def forward(self, x: Tensor, shard_lens: Sequence[int] | None = None) -> Tensor:
@@ -149,7 +149,7 @@ class RingAttentionModel(nn.Module):
         return last_token(x, self.process_group, shard_lens)
 
     def _refuse_length(self, total: int) -> None:
-        """On every rank, if on one."""
+        """Raise on every rank, if on one."""
         with refusing_together(group_string(self.process_group), "RingAttentionModel"):
             raise ValueError(
                 f"window_size must be the length of the sequence, {total}, got "
@@ -200,6 +200,6 @@ class _Block(nn.Module):
 
 
 def init_dense(linear: nn.Linear) -> None:
-    """Glorot uniform weights and zero biases."""
+    """Set Glorot uniform weights and zero biases."""
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)

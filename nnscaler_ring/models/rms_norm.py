@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x over the root of its mean square, times a weight per channel.
+    """Divides x by the root of its mean square, and multiplies it with a weight per channel.
 
     `torch.nn.RMSNorm` computes the same, but nnScaler cannot partition it.
 

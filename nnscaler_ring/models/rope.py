@@ -18,7 +18,7 @@ Rotation = tuple[Tensor, Tensor]
 def rope_rotation(
     positions: Tensor, head_dim: int, dtype: torch.dtype, base: float = 10_000.0
 ) -> Rotation:
-    """What `rotate` turns the tokens at these positions by.
+    """Compute what `rotate` turns the tokens at these positions by.
 
     Args:
         positions: int64 [batch or 1, tokens], in the whole sequence.
@@ -34,7 +34,7 @@ def rope_rotation(
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """x [batch, tokens, heads, head_dim] with channels n and n + head_dim / 2 turned as a pair.
+    """Turn channels n and n + head_dim / 2 of x [batch, tokens, heads, head_dim] as a pair.
 
     In x's dtype, which autocast may have made shorter than the rotation's.
     """

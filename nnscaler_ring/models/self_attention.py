@@ -95,7 +95,7 @@ class SelfAttention(nn.Module):
 
     @property
     def chunks(self) -> int:
-        """The parts that this device computes in the order of a ring."""
+        """The number of parts that this device computes, in the order of a ring."""
         return self.ring_size if self.process_group is None else 1
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, shard_lens: Sequence[int] | None) -> Any:
@@ -118,7 +118,7 @@ class SelfAttention(nn.Module):
 
 
 def check_layout(layout: str, balanced: bool | None) -> bool:
-    """Whether work is balanced.
+    """Say whether the work of ranks is balanced.
 
     Raises:
         ValueError: a layout that is not one of `LAYOUTS`, or one that meant something else before.

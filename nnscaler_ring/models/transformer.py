@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of a `Transformer`; attention as in `SelfAttention`."""
+    """The sizes of a `Transformer`; its attention is `SelfAttention`."""
 
     vocab_size: int
     width: int = 256
@@ -38,7 +38,7 @@ class TransformerConfig:
 
 
 class Transformer(nn.Module):
-    """Token ids in, logits of each next token out: RoPE, RMSNorm, grouped heads, SwiGLU.
+    """Takes token ids and returns logits of each next token: RoPE, RMSNorm, grouped heads, SwiGLU.
 
     The same weights give the same numbers on one device, under torchrun with the sequence sharded,
     and inside nnScaler's `parallelize()`, which needs `positions` as an input that it can shard.

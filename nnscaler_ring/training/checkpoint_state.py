@@ -19,7 +19,7 @@ State = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile.
+    """Find the model inside DistributedDataParallel and torch.compile.
 
     Raises:
         TypeError: FSDP1, whose parameters are pieces of flat ones.
@@ -42,7 +42,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 
 def take_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Everything of a model and its optimizer.
+    """Take everything of a model and its optimizer.
 
     Raises:
         TypeError: a value that no file without pickle can hold.
@@ -121,7 +121,7 @@ def put_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Everything back where it was; `check_state` has passed."""
+    """Put everything back where it was, once `check_state` has passed."""
     from torch.distributed.tensor import DTensor
 
     inner = bare(model)

@@ -30,7 +30,7 @@ class Held(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, name: str) -> Held:
-        """Of a plain tensor or a DTensor.
+        """Describe a plain tensor or a DTensor.
 
         Raises:
             TypeError: another kind of tensor, or a DTensor whose sum is still to be taken.
@@ -54,7 +54,7 @@ class Held(NamedTuple):
         return cls(x.detach(), (0,) * x.dim(), tuple(x.shape), False)
 
     def describe(self) -> dict[str, Any]:
-        """What rank 0 needs to know to decide who writes."""
+        """Tell what decides who writes."""
         return {
             "dtype": NAMES.get(self.local.dtype, str(self.local.dtype)),
             "shape": list(self.shape),
@@ -75,7 +75,7 @@ def _fingerprint(x: Tensor) -> int:
 
 
 def plan_writing(descriptions: Sequence[Mapping[str, Any]]) -> tuple[list[set[str]], dict]:
-    """Who writes what, from what each rank's `Held.describe` say by name.
+    """Decide who writes what, from what each rank's `Held.describe` say by name.
 
     Returns:
         The names that each rank writes, and the index of the checkpoint: for each name dtype and
@@ -132,7 +132,7 @@ class SavedTensors:
         self._open: dict[int, TensorFile] = {}
 
     def read(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """A box of one tensor, on the CPU."""
+        """Read a box of one tensor, on the CPU."""
         entry = self.index[name]
         out = torch.empty(tuple(shape), dtype=DTYPES[entry["dtype"]])
         parts = entry["parts"]
@@ -159,7 +159,7 @@ class SavedTensors:
         return out
 
     def read_like(self, name: str, target: Tensor) -> Tensor:
-        """A tensor as this rank holds `target`: the same shard, on the same device."""
+        """Read a tensor as this rank holds `target`: the same shard, on the same device."""
         from torch.distributed.tensor import DTensor
 
         held = Held.of(target, name)
@@ -176,7 +176,7 @@ class SavedTensors:
         )
 
     def read_whole(self, name: str) -> Tensor:
-        """All of a tensor."""
+        """Read all of a tensor."""
         shape = self.index[name]["shape"]
         return self.read(name, (0,) * len(shape), shape)
 

@@ -175,7 +175,7 @@ class TrainingCheckpoints:
         return {name: part.local for name, part in parts.items()}, plain, held
 
     def _write(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
-        """This rank's two files; their names and digests."""
+        """Write this rank's two files; returns their names and digests."""
         rank, size = rank_and_size()
         stem = f"rank-{rank}-of-{size}"
         states = {
@@ -327,8 +327,10 @@ def _damage_of_share(path: Path) -> str | None:
 def _check_states(
     saved: list[dict[str, Any]], states: Mapping[str, Any], ranks: int, now: int
 ) -> None:
-    """Raises:
-    ValueError: other names; or states that differ from rank to rank, for other ranks.
+    """Refuse states that this run cannot take up.
+
+    Raises:
+        ValueError: other names; or states that differ from rank to rank, for other ranks.
     """
     first = saved[0]["states"]
     if set(first) != set(states):
@@ -345,7 +347,7 @@ def _check_states(
 
 
 def _put_random(saved: list[dict[str, Any]], rank: int) -> None:
-    """This rank's generators; of another number of ranks, see `TrainingCheckpoints`."""
+    """Set this rank's generators; for another number of ranks, see `TrainingCheckpoints`."""
     for generator in saved[0]["random"]:
         states = [other["random"].get(generator) for other in saved]
         alike = all(state == states[0] for state in states)

@@ -19,7 +19,7 @@ def make_deepspeed_config(
     dtype: str = "float32",
     micro_batch: int = 1,
 ) -> dict[str, Any]:
-    """The dictionary; DeepSpeed's data-parallel ranks are those of all mesh dimensions but tensor.
+    """Make the dictionary; data-parallel ranks are those of all mesh dimensions but tensor.
 
     DeepSpeed takes the mean of gradients over its ranks: multiply the loss by their number, where
     it is a rank's part of the whole loss.
@@ -53,8 +53,10 @@ def make_deepspeed_config(
 
 
 def require_deepspeed() -> None:
-    """Raises:
-    ImportError: DeepSpeed is not installed.
+    """Refuse to go on without DeepSpeed.
+
+    Raises:
+        ImportError: it is not installed.
     """
     try:
         import deepspeed  # noqa: F401

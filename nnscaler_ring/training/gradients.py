@@ -281,7 +281,7 @@ class _Watch:
 
     @classmethod
     def install(cls, parameter: nn.Parameter) -> None:
-        """Once; a copy of the parameter has no hooks."""
+        """Install the hooks once; a copy of the parameter has none."""
         hooks = getattr(parameter, "_backward_hooks", None) or {}
         if any(isinstance(getattr(hook, "__self__", None), cls) for hook in hooks.values()):
             return
@@ -296,6 +296,6 @@ class _Watch:
         self._added = gradient is not None and _state_of(gradient) is not None
 
     def after(self, parameter: Tensor) -> None:
-        """It has added."""
+        """The backward pass has added to it."""
         if parameter.grad is not None:
             _mark(parameter.grad, ADDED_TO if self._added else None)

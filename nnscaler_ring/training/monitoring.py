@@ -39,7 +39,7 @@ class Monitor:
 
     @contextmanager
     def forward(self, sent_bytes: Callable[[], int]) -> Iterator[None]:
-        """Measure the passage inside: seconds of the host, bytes sent."""
+        """Measure the passage inside: seconds of the host, and bytes sent."""
         before, start = sent_bytes(), time.perf_counter()
         if self.profile_memory:
             torch.cuda.reset_peak_memory_stats()

@@ -22,7 +22,7 @@ KIND = "@"
 
 
 def encode(value: Any, where: str) -> Any:
-    """What `json.dumps` takes, from which `decode` makes the value again.
+    """Make what `json.dumps` takes, and `decode` turns into the value again.
 
     Args:
         where: the name of the value in messages.
@@ -65,7 +65,7 @@ def encode(value: Any, where: str) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The value that `encode` was given.
+    """Make the value that `encode` was given.
 
     Raises:
         ValueError: a kind that this version does not know.

@@ -12,7 +12,7 @@ import torch
 
 
 def random_states() -> dict[str, Any]:
-    """The states of all generators of this process."""
+    """Take the states of all generators of this process."""
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -37,7 +37,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def seed_apart(generator: str, encoded: Any, rank: int) -> None:
-    """A new stream for a rank that did not exist when states were saved, always the same one.
+    """Begin a new stream on a rank that did not exist when states were saved, always the same one.
 
     Args:
         generator: a key of `random_states`.

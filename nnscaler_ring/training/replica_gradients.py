@@ -20,7 +20,7 @@ BUCKET_MEGABYTES = 25.0
 
 
 class ReplicaGradients:
-    """The choice of a module, and what follows from it.
+    """How the gradients of one module are summed, and what follows from that.
 
     Args:
         dims: of the mesh; its `replicas` hold the same parameters.
@@ -96,7 +96,7 @@ class ReplicaGradients:
                 )
 
     def deepspeed_config(self, embed_dim: int, dtype: str) -> dict[str, Any] | None:
-        """For `deepspeed.initialize`; None without DeepSpeed."""
+        """Make the configuration for `deepspeed.initialize`; None without DeepSpeed."""
         if not self._use_deepspeed:
             return None
         return make_deepspeed_config(
@@ -126,7 +126,7 @@ class ReplicaGradients:
         self.forget()
 
     def forget(self) -> None:
-        """Nothing is pending: gradients were summed or dropped."""
+        """Count nothing as pending: gradients were summed or dropped."""
         self._pending.clear()
 
 
@@ -151,7 +151,7 @@ def _zero_stage(zero_stage: int | None, use_deepspeed: bool, dims: MeshDims) -> 
 def _check_sums(
     cpu_offload: bool, use_gradient_compression: bool, overlap_communication: bool | None
 ) -> None:
-    """What FSDP2 alone can do."""
+    """Refuse what FSDP2 alone can do."""
     for name, flag, usual in (
         ("cpu_offload", cpu_offload, "False"),
         ("use_gradient_compression", use_gradient_compression, "False"),
@@ -167,7 +167,7 @@ def _check_sums(
 def _check_fsdp(
     zero_stage: int, bucket_size: float | None, overlap_communication: bool | None
 ) -> None:
-    """What FSDP2 decides by itself."""
+    """Refuse what FSDP2 decides by itself."""
     if bucket_size is not None:
         raise ValueError(
             f"bucket_size must be None with zero_stage={zero_stage}, got {bucket_size}: FSDP2 "

@@ -38,7 +38,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors to a new file, down to the disk; the file's sha256.
+    """Write tensors to a new file, down to the disk; returns the file's sha256.
 
     Raises:
         TypeError: a dtype that the format has no name for.
@@ -74,7 +74,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_text(path: Path, text: str) -> str:
-    """Write a text to a new file, down to the disk; the file's sha256."""
+    """Write a text to a new file, down to the disk; returns the file's sha256."""
     data = text.encode()
     with path.open("xb") as file:
         file.write(data)
@@ -94,14 +94,14 @@ class TensorFile:
         self._all = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
 
     def read(self, name: str) -> Tensor:
-        """One tensor."""
+        """Read one tensor."""
         entry = self._header[name]
         start, stop = (self._start + offset for offset in entry["data_offsets"])
         return self._all[start:stop].view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def file_digest(path: Path) -> str:
-    """The sha256 of a file."""
+    """Compute the sha256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**20):
@@ -124,7 +124,7 @@ def _to_disk(file: Any) -> None:
 
 
 def bytes_of(x: Tensor) -> memoryview:
-    """The numbers of a tensor, on the CPU and one after the other."""
+    """View the numbers of a tensor, on the CPU and one after the other."""
     flat = x.detach().cpu().contiguous().reshape(-1)
     size = flat.numel() * flat.element_size()
     if not size:

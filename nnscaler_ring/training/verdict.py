@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) where no group was initialised."""
+    """Tell this process's rank and the number of ranks; (0, 1) where no group was initialised."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather(value: T) -> list[T]:
-    """The value of every rank, on every rank."""
+    """Bring the value of every rank to every rank."""
     if not dist.is_initialized():
         return [value]
     found = [value] * dist.get_world_size()

@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+OLD = int(transformers.__version__.split(".")[0]) < 5
 VOCABULARY = 97
 WINDOW = 7  # tokens that a sliding layer sees
 CHUNK = 8  # tokens of a chunk of Llama 4
@@ -44,15 +45,18 @@ class Architecture:
     config: str
     options: dict[str, Any] = field(default_factory=dict)
     small: bool = True
+    since_5: bool = False  # before, transformers' model lacks what is needed
 
     @property
     def exists(self) -> bool:
         """Whether this transformers has it."""
-        return hasattr(transformers, self.model)
+        return hasattr(transformers, self.model) and not (OLD and self.since_5)
 
     def build(self, attention: str, dtype: torch.dtype = torch.float64, **more: Any) -> Any:
         """The model with random weights, the same in every process and for every `attention`."""
         options = {**(SMALL if self.small else {}), **self.options, **more}
+        if OLD and "rope_parameters" in options:
+            options["rope_scaling"] = _old_rope(options.pop("rope_parameters"))
         config = getattr(transformers, self.config)(**options)
         config._experts_implementation = "eager"  # the grouped product has no float64
         config._attn_implementation = attention
@@ -63,6 +67,15 @@ class Architecture:
             for name, p in model.named_parameters():
                 p.copy_(_values(name, p, generator))
         return model
+
+
+def _old_rope(parameters: dict[str, Any]) -> dict[str, Any] | None:
+    """The same for a configuration of transformers 4."""
+    kind = parameters["rope_type"]
+    if kind == "default":
+        return None
+    names = ("short_factor", "long_factor") if kind == "longrope" else ("factor",)
+    return {"type": kind, **{name: parameters[name] for name in names}}
 
 
 def _values(name: str, p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -171,6 +184,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             **{"bos_token_id": 1, "eos_token_id": 2},
         },
         small=False,
+        since_5=True,
     ),
 }
 

@@ -8,7 +8,7 @@ import torch
 
 from nnscaler_ring.hf import RingCache
 from tests.hf import generation
-from tests.hf.architectures import ARCHITECTURES
+from tests.hf.architectures import ARCHITECTURES, OLD
 from tests.hf.test_wrong_use import prepared
 
 TIMEOUT = 240  # seconds
@@ -25,6 +25,8 @@ ALL = [
 
 
 def check(pool, world_size, name, sampled, prefill):
+    if OLD and name == "deepseek_v3":
+        pytest.skip("transformers 4 cannot run it in float64")
     if not ARCHITECTURES[name].exists:
         pytest.skip(f"this transformers has no {name}")
     for same, held, total in pool.run(

@@ -28,7 +28,7 @@ COMPILED = [
         pytest.param(*case, marks=pytest.mark.full)
         for case in (
             *(("gemma2", "packed", False), ("phi3_longrope", "dense", False)),
-            *(("gpt_oss", "packed", True), ("qwen2", "dense", False)),
+            *(("gemma3", "packed", True), ("qwen2", "dense", False)),
         )
     ),
 ]

@@ -82,6 +82,16 @@ def test_the_mesh_of_accelerate(tmp_path, name):
         assert outcome.value["evaluation"] == pytest.approx(expected["evaluation"], abs=ROUNDING)
 
 
+@pytest.mark.full
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs accelerate sees the ranks")
+def test_processes_that_would_train_alone(tmp_path):
+    for outcome in run_fresh(2, training.train_each_alone, str(tmp_path), answer_seconds=TIMEOUT):
+        assert outcome.value == (
+            "the arguments must know of all 2 ranks, got world_size=1: each would train alone; "
+            "without GPUs pass use_cpu=True."
+        )
+
+
 REFUSED = {
     "average_tokens_across_devices=False": {"average_tokens_across_devices": False},
     "label_smoothing_factor": {"label_smoothing_factor": 0.1},

@@ -64,7 +64,7 @@ OTHERS = {
         "cross attention",
     ),
     "bert": (
-        Architecture("BertForMaskedLM", "BertConfig", {}),
+        Architecture("BertForMaskedLM", "BertConfig", {}, since_5=True),
         "is not causal; bidirectional models are not supported",
     ),
     "gemma3": (

@@ -199,3 +199,15 @@ def train_on_the_mesh_of_accelerate(ranks: list[int], name: str, folder: str) ->
         )
         trainer.train()
     return {**results(trainer), "evaluation": trainer.evaluate()["eval_loss"]}
+
+
+def train_each_alone(ranks: list[int], folder: str) -> str:
+    """Without use_cpu accelerate takes processes without GPUs for runs of their own."""
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    try:
+        RingTrainer(build("llama", ranks, True), arguments(folder, use_cpu=False, ddp_backend=None))
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -181,6 +181,7 @@ def test_a_part_reads_what_its_rank_reads(two_ranks: RankPool) -> None:
         (Call("ring", {}, bias), range(7, 13)),
         (Call("ring", {"causal": False}), [12] * 6),
         (Call("ring", {"window_size": (2, 0)}), [3] * 6),
+        (Call("ring", {"mask": "Chunks(4)"}), [3, 4, 1, 2, 3, 4]),
         # Of 12 tokens in two halves a rank computes two quarters: as many pairs as 9 keys give.
         (Call("zigzag"), range(4, 10)),
         # Three documents of four: the block from 6 on holds the end of one and the last.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from nnscaler_ring.dilated import TrainingCheckpoints
+from nnscaler_ring.dilated import RingAdvancedDistributedDilatedAttention, TrainingCheckpoints
 from nnscaler_ring.models import Transformer, TransformerConfig
 from nnscaler_ring.training import (
     even_shard_lens,
@@ -382,6 +382,48 @@ def test_resumed_on_another_number_of_ranks(pool, tmp_path):
         assert list(kind) == list(expected)
         for step, loss in kind.items():
             assert abs(loss - expected[step]) <= 1e-11 * expected[step], step
+
+
+def across_meshes(ranks, folder):
+    """Parameters and optimizer states of a mesh, resumed on it and on others: largest differences.
+
+    FSDP2 over tensor parallelism shards one dimension twice.
+    """
+
+    def begin_on(sizes):
+        mesh = DeviceMesh("cpu", torch.tensor(ranks).view(*sizes.values()), mesh_dim_names=[*sizes])
+        torch.manual_seed(len(sizes))
+        module = RingAdvancedDistributedDilatedAttention(
+            20, 10, [4, 16], [1, 2], mesh=mesh, num_kv_heads=2, dtype=torch.float64
+        )
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        return module, optimizer, TrainingCheckpoints(folder, module, optimizer)
+
+    def whole(module, optimizer):
+        found = {n: p.full_tensor().clone() for n, p in module.named_parameters()}
+        for name, parameter in module.named_parameters():
+            state = optimizer.state[parameter]["exp_avg"]
+            found[f"{name} exp_avg"] = state.full_tensor().clone()
+        return found
+
+    module, optimizer, checkpoints = begin_on({"sequence": 2, "tensor": 2})
+    module(torch.ones(1, 3, 20, dtype=torch.float64))[0].square().sum().backward()
+    optimizer.step()
+    expected = whole(module, optimizer)
+    checkpoints.save(1)
+    differences = []
+    for sizes in ({"sequence": 2, "tensor": 2}, {"sequence": 4}, {"data": 2, "sequence": 2}):
+        module, optimizer, checkpoints = begin_on(sizes)
+        assert checkpoints.resume() == 1
+        found = whole(module, optimizer)
+        assert found.keys() == expected.keys()
+        differences.append(max((found[n] - expected[n]).abs().max().item() for n in expected))
+    return differences
+
+
+def test_resumed_on_another_mesh(pool, tmp_path):
+    for differences in of_size(pool, 4).run(4, across_meshes, tmp_path, timeout=120):
+        assert differences == [0, 0, 0]
 
 
 def one_rank_fails(ranks, folder):

@@ -60,6 +60,22 @@ class CpuTiles:
         return PreparedCpuTiles(found)
 
 
+def torch_is_faster(problem: Problem) -> bool:
+    """Whether torch's fused kernel beats this one on the machine: benchmarks/README.md, cpu_tiles.
+
+    Only without score options. On the baseline instruction set (with AVX2 at the latest, ours is
+    the faster), and for bfloat16 where there is AMX, which torch's kernel uses and ours does not;
+    AMX and processors other than x86-64 have not been measured.
+    """
+    if problem.softcap or problem.alibi or problem.bias or problem.dropout:
+        return False
+    found = library()
+    if isinstance(found, Library) and found.instruction_set == "baseline":
+        return True
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private: it may go
+    return problem.dtype == torch.bfloat16 and has_amx is not None and bool(has_amx())
+
+
 class PreparedCpuTiles:
     """The kernel with its library."""
 

@@ -67,25 +67,21 @@ def select_kernel(name: str, problem: Problem) -> AttentionKernel:
 def auto_kernels(problem: Problem) -> tuple[str, ...]:
     """The kernels that `kernel="auto"` asks about a problem, in this order.
 
-    On a processor with AMX torch's fused kernel multiplies bfloat16 in its tiles, which `cpu_tiles`
-    does not use: there it comes first, unless something else happens to the scores.
+    On a CPU torch's fused kernel comes first where it is the faster: see `torch_is_faster`.
     torch ships flash-attn 2, so an installed one is asked for a softcap alone: torch computes that
     in blocks of scores.
     """
     if problem.softcap:
         return "cpu_tiles", "torch_cpu", "flash_attn_3", "flash_attn", "torch_cuda"
-    if problem.dtype == torch.bfloat16 and _is_plain(problem) and _has_amx():
+    if problem.device_type == "cpu" and _torch_is_faster(problem):
         return "torch_cpu", *(name for name in AUTO_KERNELS if name != "torch_cpu")
     return AUTO_KERNELS
 
 
-def _is_plain(problem: Problem) -> bool:
-    return not (problem.softcap or problem.alibi or problem.bias or problem.dropout)
+def _torch_is_faster(problem: Problem) -> bool:
+    from nnscaler_ring.core.kernels.cpu_tiles import torch_is_faster
 
-
-def _has_amx() -> bool:
-    asks = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private: it may go
-    return asks is not None and bool(asks())
+    return torch_is_faster(problem)
 
 
 def kernel_refusals(problem: Problem) -> dict[str, str | None]:

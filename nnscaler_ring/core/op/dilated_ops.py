@@ -183,8 +183,7 @@ class _Run(NamedTuple):
 
     def transport(self) -> Transport:
         """For the messages of the pass."""
-        group = self.options.group
-        return transport_of(group, find_place(group), self.entered)
+        return transport_of(find_place(self.options.group), self.entered)
 
     def how(self) -> dict[str, Any]:
         """The keyword arguments of both passes."""

@@ -108,7 +108,7 @@ def exchange_heads_op(
     entered = agree(group, call, op, lambda: describe(call), tag=tag_of(call))
     connect(group, x.device)
     with entered:
-        transport = transport_of(group, place, entered)
+        transport = transport_of(place, entered)
         move = _to_rows if to_rows else _to_heads
         moved = move(x.movedim((row_dim, head_dim), (0, 1)), call, place, transport, new_heads)
     return moved.movedim((0, 1), (row_dim, head_dim)).contiguous()

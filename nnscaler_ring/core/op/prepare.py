@@ -15,7 +15,7 @@ from nnscaler_ring.core.op.options import Extras, Options
 from nnscaler_ring.core.plan.masks import mask_of
 from nnscaler_ring.core.ranks.agreement import agree, refusing_together
 from nnscaler_ring.core.ranks.calls import Pass
-from nnscaler_ring.core.ranks.groups import ALONE, Place, find_place, group_state
+from nnscaler_ring.core.ranks.groups import Place, find_place
 from nnscaler_ring.core.ranks.transport import Transport, connect
 from nnscaler_ring.core.scores.dropout import Dropout
 from nnscaler_ring.core.scores.scores import Scores
@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
     def transport(self) -> Transport:
         """For the messages of the pass."""
-        return transport_of(self.options.group, self.place, self.entered)
+        return transport_of(self.place, self.entered)
 
     def scores(self, extras: Extras, bias: Tensor | None, seed: Tensor | None) -> Scores:
         """For one pass; bias [batch or 1, num_heads or 1, computed rows, all keys]."""
@@ -160,9 +160,7 @@ def lens_of_blocks(
     return tuple(lens)
 
 
-def transport_of(group: str, place: Place, entered: Pass) -> Transport:
+def transport_of(place: Place, entered: Pass) -> Transport:
     """For the messages of one pass over a group."""
-    traffic = None if group == ALONE else group_state(group).traffic
-    return Transport(
-        place, traffic, f"{entered.op} {entered.direction}", entered.tag, entered=entered
-    )
+    op = f"{entered.op} {entered.direction}"
+    return Transport(place, entered.traffic, op, entered.tag, entered=entered)

@@ -64,7 +64,7 @@ def relayout_op(
     )
     connect(group, x.device)
     with entered:
-        (moved,) = move_rows([(x, dim)], plan.moves, transport_of(group, place, entered))
+        (moved,) = move_rows([(x, dim)], plan.moves, transport_of(place, entered))
     return moved, torch.full((1,), entered.number)
 
 

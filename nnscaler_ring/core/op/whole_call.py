@@ -67,8 +67,8 @@ def whole_op_attention(
         wanted = whole_op.layout(call)
         if held == wanted:
             return whole_op.attention(q, k, v, call, place)
-        way = _Way(options.group, place, entered.number, enter)
-        transport = transport_of(options.group, place, entered)
+        way = _Way(place, entered.number, enter)
+        transport = transport_of(place, entered)
         there = plan_moves(held, wanted, place.block)
         back = plan_moves(wanted, held, place.block)
         q, k, v = _MovedRows.apply(there, back, transport, way, q, k, v)
@@ -80,7 +80,6 @@ def whole_op_attention(
 class _Way(NamedTuple):
     """How gradients enter a pass of their own: `enter` takes the number of the call."""
 
-    group: str
     place: Place
     number: int
     enter: Callable[[int], Pass]
@@ -100,7 +99,7 @@ class _MovedRows(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         way = ctx.way
         with way.enter(way.number) as entered:
-            moved = _moved(ctx.back, transport_of(way.group, way.place, entered), gradients)
+            moved = _moved(ctx.back, transport_of(way.place, entered), gradients)
         return None, None, None, None, *moved
 
 

@@ -80,7 +80,7 @@ def agree(
         watch.check_words()
     new = watch is not None and not state.remembers(plan)
     made = _begin(state, watch, op, direction, tag, number, new=new)
-    made.describe, made.watch = describe, watch
+    made.describe, made.watch, made.traffic = describe, watch, state.traffic
     if watch is not None and new:
         try:
             _compare(state, find_place(group), watch, made, {"op": op, **describe()})

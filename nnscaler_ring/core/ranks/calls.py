@@ -34,6 +34,7 @@ from torch import Tensor
 from nnscaler_ring.core.ranks.failure import Failure
 
 if TYPE_CHECKING:
+    from nnscaler_ring.core.ranks.groups import Traffic
     from nnscaler_ring.core.ranks.watch import Watch
 
 PASSES_TOLD = 64
@@ -52,7 +53,8 @@ class Pass:
     to, its own unless it is a backward pass. `tag`: for its messages, the same on all ranks that
     make the same pass. `new`: the ranks compare its plan first. `describe`: what they compare.
     `waits_for`: in words, while it waits. `wake`: what it waits on, in a comparison. `watch`: told
-    of an error that leaves the pass. `step`: of the batch, as the caller said.
+    of an error that leaves the pass. `step`: of the batch, as the caller said. `traffic`: where
+    to count what it sends.
     """
 
     __slots__ = (
@@ -67,6 +69,7 @@ class Pass:
         "step",
         "tag",
         "thread",
+        "traffic",
         "waits_for",
         "wake",
         "watch",
@@ -83,6 +86,7 @@ class Pass:
         self.waits_for = ""
         self.wake: threading.Event | None = None
         self.watch: Watch | None = None
+        self.traffic: Traffic | None = None
         self.step = 0
 
     def __enter__(self) -> Pass:

@@ -88,7 +88,8 @@ class GroupState:
     `connected`: the device types whose tensors its ranks are ready to exchange. `agreements`: how
     often plans were compared. `agreement_seconds`: how long at most; None: the group's timeout.
     `patient`: a client of the group's store for long waits. `lost`: ranks that are known to be
-    lost; of the default group's state, for all groups.
+    lost; of the default group's state, for all groups. `places`: by group string, who holds which
+    block, and this rank's.
     """
 
     traffic: Traffic = field(default_factory=Traffic)
@@ -101,6 +102,7 @@ class GroupState:
     is_alone: bool = False
     patient: dist.Store | None = None
     lost: set[int] = field(default_factory=set)
+    places: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
 
     def remembers(self, plan: object) -> bool:
         """Whether the ranks have agreed on this plan before."""
@@ -381,12 +383,13 @@ def group_state(string: str) -> GroupState:
 
 
 def _state_of(group: dist.ProcessGroup) -> GroupState:
-    if group not in _STATES:
+    state = _STATES.get(group)
+    if state is None:
         state = _STATES[group] = GroupState()
         world = dist.group.WORLD
         if world is not None and group is not world:
             state.lost = _state_of(world).lost
-    return _STATES[group]
+    return state
 
 
 @dataclass(frozen=True)
@@ -415,9 +418,12 @@ def find_place(string: str) -> Place:
     if string == ALONE:
         return Place(None, (0,), 0)
     group = group_of(string)
-    order = string.partition(":")[2]
-    members = tuple(map(int, order.split(","))) if order else tuple(range(group.size()))
-    return Place(group, members, members.index(group.rank()))
+    places = _state_of(group).places
+    if string not in places:
+        order = string.partition(":")[2]
+        members = tuple(map(int, order.split(","))) if order else tuple(range(group.size()))
+        places[string] = members, members.index(group.rank())
+    return Place(group, *places[string])
 
 
 def block_and_world_size(string: str) -> tuple[int, int]:
@@ -461,3 +467,24 @@ def set_agreement_timeout(process_group: ProcessGroupLike, seconds: float) -> No
     if string == ALONE:
         raise ValueError("process_group must be a group, got None: one device waits for nobody.")
     group_state(string).agreement_seconds = float(seconds)
+
+
+def set_step(process_group: ProcessGroupLike, step: int) -> None:
+    """Tell which batch this rank's next calls of the group belong to.
+
+    A rank that skips a whole batch before its first call makes the same calls as the others, of
+    other data, and nothing in the calls shows it. The step is compared in every call without a
+    message of its own, so that such a rank is named at once. It stays until it is set again.
+
+    Args:
+        process_group: as in `wrap_ring_attn_func`; None does nothing.
+        step: the same int on all ranks for the same batch.
+
+    Raises:
+        TypeError: step is not an int.
+    """
+    if isinstance(step, bool) or not hasattr(step, "__index__"):
+        raise TypeError(f"step must be an int, got {step!r}.")
+    string = group_string(process_group)
+    if string != ALONE:
+        group_state(string).calls.step = operator.index(step)

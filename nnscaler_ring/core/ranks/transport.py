@@ -118,9 +118,10 @@ def connect(group: str, device: torch.device) -> None:
     """
     if group == ALONE:
         return
-    state, process_group = group_state(group), group_of(group)
+    state = group_state(group)
     if device.type in state.connected:
         return
+    process_group = group_of(group)
     carriage_of(process_group, device)
     if backends_of(process_group).get(device.type) == "nccl":
         dist.all_reduce(torch.zeros(1, device=device), group=process_group)

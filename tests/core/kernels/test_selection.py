@@ -74,6 +74,13 @@ def test_auto_leaves_plain_bfloat16_to_torch_where_there_is_amx(is_compiled, mon
         assert select_kernel("auto", problem).name == ("cpu_tiles" if is_compiled else "torch_cpu")
 
 
+def test_auto_leaves_plain_calls_to_torch_on_the_baseline_instruction_set(monkeypatch):
+    functions = SimpleNamespace(nnscaler_ring_attention=None)
+    monkeypatch.setattr(cpu_tiles, "library", lambda: Library(functions, "baseline", Path()))
+    assert select_kernel("auto", PROBLEM).name == "torch_cpu"
+    assert select_kernel("auto", changed(alibi=True)).name == "cpu_tiles"
+
+
 def test_auto_never_picks_the_reference():
     assert "reference" not in AUTO_KERNELS and set(AUTO_KERNELS) <= set(KERNELS)
 
