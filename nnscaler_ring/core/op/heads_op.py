@@ -189,7 +189,7 @@ def row_seed_op(seed: Tensor, op: str, group: str, must_be_same: bool) -> Tensor
     entered = agree(group, call, op, lambda: describe(call), tag=tag_of(call))
     connect(group, seed.device)
     with entered:
-        transport = transport_of(group, place, entered)
+        transport = transport_of(place, entered)
         agreed = agreed_seed(seed, transport, seed.device, must_be_same=must_be_same)
     assert agreed is not None, seed
     return agreed.clone()
