@@ -58,8 +58,8 @@ def wrap_dilated_attn_func(
         return_lse: also return the softmax normaliser over all branches; it has gradients.
         shard_lens: tokens of every block, in block order, where they differ; empty ones are
             allowed. None: all equal.
-        exchange: "direct" (each rank sends every other just the rows it reads), "ring" (neighbour
-            to neighbour) or "all_gather".
+        exchange: "direct" (each rank sends every other just the rows it reads), "gathered" (the
+            same rows from all ranks at once), "ring" (neighbour to neighbour) or "all_gather".
         kernel: "auto", or a kernel by name.
 
     Returns:

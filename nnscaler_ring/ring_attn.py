@@ -62,7 +62,8 @@ def wrap_ring_attn_func(
             by kernels that cannot.
         return_attn_probs: refused; use `return_lse`.
         process_group: None (q, k, v are the whole sequence), global ranks in block order, a
-            ProcessGroup, or a one-dimensional DeviceMesh.
+            ProcessGroup, or a DeviceMesh of one dimension, or of two, (sequence, heads): heads are
+            then exchanged within a row, whose ranks hold neighbouring shards.
         bias: [batch or 1, num_heads or 1, tokens, tokens of all ranks]: added to the scores. Rows
             are this rank's, in its layout; columns are the keys in global order. Has a gradient.
         softcap: scores become `softcap * tanh(scores / softcap)` before bias and ALiBi; 0.0 is
@@ -74,8 +75,9 @@ def wrap_ring_attn_func(
         return_lse: also return the softmax normaliser; it has gradients.
         shard_lens: tokens of every block, in block order, where they differ; empty ones are
             allowed. None: all equal.
-        exchange: "direct" (each rank sends every other just the rows it reads), "ring" (neighbour
-            to neighbour) or "all_gather" (everything to everybody, memory O(tokens)).
+        exchange: "direct" (each rank sends every other just the rows it reads), "gathered" (the
+            same rows from all ranks at once, in a few stages), "ring" (neighbour to neighbour) or
+            "all_gather" (everything to everybody, memory O(tokens)).
         kernel: "auto", or a name in `nnscaler_ring.core.kernels.KERNELS`; "transformer_engine"
             hands the whole call to that package.
         mask: a mask from `nnscaler_ring.masks` (chunks, a prefix, rectangles, combinations), or its
