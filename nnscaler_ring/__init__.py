@@ -13,6 +13,7 @@ from nnscaler_ring.core.scores.dropout import DropoutSeed
 from nnscaler_ring.decode_attn import decode_attention
 from nnscaler_ring.merge_attn import merge_attention
 from nnscaler_ring.nnscaler_hook import register_when_imported
+from nnscaler_ring.packed import packed_positions, packed_rows, packed_shard_lens
 from nnscaler_ring.zigzag_attn import zigzag_positions, zigzag_shard, zigzag_unshard
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ __all__ = [
     "decode_attention",
     "masks",
     "merge_attention",
+    "packed_positions",
+    "packed_rows",
+    "packed_shard_lens",
     "set_agreement_timeout",
     "set_step",
     "traffic",

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
     from nnscaler_ring.core.scores.dropout import DropoutSeed
 
+LAYOUTS_OF_VARLEN = {
+    "contiguous": ("contiguous", "contiguous"),
+    "folded": ("folded", "folded"),
+    "contiguous, folded": ("contiguous", "folded"),
+}
+"""`layout`: the layouts, of `LAYOUTS`, in which the caller holds the rows and they are computed."""
+
 
 def wrap_ring_attn_varlen_func(
     q: Tensor,
@@ -39,13 +46,15 @@ def wrap_ring_attn_varlen_func(
     shard_lens_k: Sequence[int] | None = None,
     exchange: str = "direct",
     kernel: str = "auto",
+    layout: str = "contiguous",
     mask: Mask | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention within documents that are packed one after another over all ranks.
 
-    Rank i of the group passes and gets the i-th contiguous block of the packed tokens; documents
-    end where they end: no padding, no divisibility, and nothing travels across a document's end.
-    Arguments that are not listed here are those of `wrap_ring_attn_func`.
+    Rank i of the group passes and gets the i-th contiguous block of the packed tokens, unless
+    `layout` says otherwise; documents end where they end: no padding, no divisibility, and nothing
+    travels across a document's end. Arguments that are not listed here are those of
+    `wrap_ring_attn_func`.
 
     Args:
         q: [tokens, num_heads, head_dim], this rank's packed query tokens.
@@ -62,6 +71,11 @@ def wrap_ring_attn_varlen_func(
             all equal.
         mask: as in `wrap_ring_attn_func`; positions count in each document, where the last query
             stands at the last key's.
+        layout: who holds and computes which rows. "contiguous": contiguous shards; a rank's work
+            is as its documents fall. "folded": every rank computes as many tokens and, when causal,
+            as many pairs as any other, and passes and gets the rows that `packed_rows` names; see
+            `FoldedDocuments`. "contiguous, folded": the caller holds contiguous shards, and the op
+            moves the rows there and back; cu_seqlens_q and cu_seqlens_k must then be the same.
 
     Returns:
         out [tokens, num_heads, v_head_dim]; with `return_lse` also softmax_lse
@@ -93,5 +107,7 @@ def wrap_ring_attn_varlen_func(
         softcap=softcap,
         sinks=sinks,
         dropout_seed=dropout_seed,
+        layout=layout,
+        layouts=LAYOUTS_OF_VARLEN,
         packed=True,
     )

@@ -14,18 +14,21 @@ from nnscaler_ring.core.op.checks import (
     check_own_length,
     check_shard_lens,
     check_total,
-    check_zigzag_layout,
 )
 from nnscaler_ring.core.op.relayout_op import relayout_op
 from nnscaler_ring.core.plan.layout import LAYOUTS, Zigzag
+from nnscaler_ring.core.plan.shared_units import SharedUnits
 from nnscaler_ring.core.ranks.agreement import refusing_together
-from nnscaler_ring.core.ranks.groups import find_place, group_string
+from nnscaler_ring.core.ranks.groups import find_place, group_string, mesh_place, mesh_strings
 from nnscaler_ring.core.token_index import token_index
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.plan.masks import Mask
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
     from nnscaler_ring.core.scores.dropout import DropoutSeed
+
+LAYOUTS_OF_ZIGZAG = {"contiguous": ("contiguous", "zigzag"), "zigzag": ("zigzag", "zigzag")}
+"""`layout`: the layouts, of `LAYOUTS`, in which the caller holds the rows and they are computed."""
 
 
 def wrap_zigzag_attn_func(
@@ -66,11 +69,8 @@ def wrap_zigzag_attn_func(
 
     Source: zhuzilin, "ring-flash-attention"; Llama 3 report, arXiv 2407.21783, section 3.3.2.
     """
-    op = "wrap_zigzag_attn_func"
-    with refusing_together(group_string(process_group), op):
-        check_zigzag_layout(layout)
     return context_parallel_attention(
-        op,
+        "wrap_zigzag_attn_func",
         q,
         k,
         v,
@@ -91,8 +91,8 @@ def wrap_zigzag_attn_func(
         softcap=softcap,
         sinks=sinks,
         dropout_seed=dropout_seed,
-        caller_layout=layout,
-        compute_layout="zigzag",
+        layout=layout,
+        layouts=LAYOUTS_OF_ZIGZAG,
     )
 
 
@@ -144,13 +144,16 @@ def zigzag_positions(
 
     Args:
         total_tokens: tokens over all ranks.
+        process_group: as in `wrap_ring_attn_func`, or a mesh of (sequence, heads), whose rows share
+            the two chunks that one rank would hold.
 
     Returns:
         int64 [tokens of this rank].
     """
     check_total("total_tokens", total_tokens)
-    place = find_place(group_string(process_group))
-    return token_index(Zigzag(total_tokens, place.world_size).positions(place.block), device)
+    rows, columns, row, column = mesh_place(*mesh_strings(process_group))
+    layout = SharedUnits(Zigzag(total_tokens, rows), columns)
+    return token_index(layout.positions(row * columns + column), device)
 
 
 def _relayout(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,18 +11,27 @@ from torch import Tensor
 from nnscaler_ring.core.kernels import WHOLE_OPS
 from nnscaler_ring.core.op import checks
 from nnscaler_ring.core.op.dilated_ops import DilatedOptions, dilated_attention_op
+from nnscaler_ring.core.op.mesh import check_mesh, mesh_attention
 from nnscaler_ring.core.op.ops import attention_op
 from nnscaler_ring.core.op.options import Extras, Options, arguments_of
 from nnscaler_ring.core.op.whole_call import whole_op_attention
 from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.ranks.agreement import refusing_together
-from nnscaler_ring.core.ranks.groups import ALONE, block_and_world_size, group_string
+from nnscaler_ring.core.ranks.groups import (
+    ALONE,
+    block_and_world_size,
+    group_string,
+    mesh_place,
+    mesh_strings,
+)
 from nnscaler_ring.core.scores.dropout import DropoutSeed, seed_tensor
 
 if TYPE_CHECKING:
     from nnscaler_ring.core.plan.dilation import HeadOffsets
     from nnscaler_ring.core.plan.masks import Mask
     from nnscaler_ring.core.ranks.groups import ProcessGroupLike
+
+CONTIGUOUS = {"contiguous": ("contiguous", "contiguous")}
 
 
 def context_parallel_attention(
@@ -51,18 +60,19 @@ def context_parallel_attention(
     softcap: float,
     sinks: Tensor | None,
     dropout_seed: int | DropoutSeed | None,
-    caller_layout: str = "contiguous",
-    compute_layout: str = "contiguous",
+    layout: str = "contiguous",
+    layouts: Mapping[str, tuple[str, str]] = CONTIGUOUS,
     packed: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention over a sequence that is sharded over the ranks of a group.
 
     The public functions document the arguments; beside those it takes the public function's name
-    and the layouts, names in `LAYOUTS`: the caller holds q, k and v in `caller_layout`; where
-    `compute_layout` is another, rows move there and the result's back.
+    and its `layouts`: by the words that `layout` may be, two names in `LAYOUTS`. The caller holds
+    q, k and v in the first; where the second is another, rows move there and the result's back.
     """
-    group = group_string(process_group)
-    with refusing_together(group, op):
+    row, group = mesh_strings(process_group)
+    with refusing_together(row, op), refusing_together(group, op):
+        caller_layout, compute_layout = checks.check_layout(layout, layouts)
         checks.check_choices(
             exchange=exchange,
             kernel=kernel,
@@ -71,6 +81,7 @@ def context_parallel_attention(
             return_attn_probs=return_attn_probs,
         )
         checks.check_qkv(q, k, v, packed=packed)
+        check_mesh(q.shape[-2], kernel, row)
         mask_text = checks.check_mask(mask, causal, window_size, causal_default=not packed)
         scale = checks.check_scale(softmax_scale, q.shape[-1])
         softcap = checks.check_softcap(softcap)
@@ -83,10 +94,11 @@ def context_parallel_attention(
             checks.check_cu_seqlens_tensors(q, cu_seqlens_q, cu_seqlens_k)
         compute_len = q.shape[-3]
         if shard_lens is not None or shard_lens_k is not None:
-            block, world_size = block_and_world_size(group)
-            shard_lens = checks.check_shard_lens("shard_lens", shard_lens, world_size)
-            shard_lens_k = checks.check_shard_lens("shard_lens_k", shard_lens_k, world_size)
-            if shard_lens is not None:
+            rows, columns, block, _ = mesh_place(row, group)
+            ranks = rows * columns
+            shard_lens = checks.check_shard_lens("shard_lens", shard_lens, ranks)
+            shard_lens_k = checks.check_shard_lens("shard_lens_k", shard_lens_k, ranks)
+            if shard_lens is not None and row == ALONE:
                 compute_len = LAYOUTS[compute_layout].for_shards(shard_lens).shard_lens[block]
     options = Options(
         op=op,
@@ -115,8 +127,19 @@ def context_parallel_attention(
     )
     if kernel in WHOLE_OPS:
         return whole_op_attention(q, k, v, extras, options, return_lse=return_lse)
+    if row == ALONE:
+        out, softmax_lse = _attend(q, k, v, extras, options)
+        return (out, softmax_lse) if return_lse else out
+    with refusing_together(group, op):
+        out, lse = mesh_attention(_attend, q, k, v, extras, options, row, return_lse)
+    return out if lse is None else (out, lse)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options
+) -> tuple[Tensor, Tensor]:
     out, softmax_lse, *_ = attention_op(q, k, v, *extras, *arguments_of(options))
-    return (out, softmax_lse) if return_lse else out
+    return out, softmax_lse
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -123,6 +123,12 @@ def plan_call(call: Call, block: int) -> Plan:
     _check_layout(call.caller_layout, "shard_lens", held, call.shard_lens)
     moves_in = moves_out = None
     if call.caller_layout != call.compute_layout:
+        if cu_q != cu_k:
+            raise ValueError(
+                "cu_seqlens_k must be cu_seqlens_q where the op moves the rows of queries and keys "
+                f"from the {call.caller_layout} to the {call.compute_layout} layout; use another "
+                "layout, in which the keys may have documents of their own."
+            )
         moves_in, moves_out = plan_moves(held, queries, block), plan_moves(queries, held, block)
     else:
         _check_layout(call.caller_layout, "shard_lens_k", keys, call.shard_lens_k)

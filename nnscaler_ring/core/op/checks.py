@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -279,10 +279,18 @@ def check_own_length(name: str, lens: Sequence[int], block: int, tokens: int) ->
         )
 
 
-def check_zigzag_layout(layout: str) -> None:
-    """The layouts in which `wrap_zigzag_attn_func` takes and gives tensors."""
-    if layout not in ("contiguous", "zigzag"):
-        raise ValueError(f"layout must be 'contiguous' or 'zigzag', got {layout!r}.")
+def check_packed_layout(layout: str) -> None:
+    """The layouts of packed documents that a caller may hold."""
+    if layout not in ("folded", "contiguous"):
+        raise ValueError(f"layout must be 'folded' or 'contiguous', got {layout!r}.")
+
+
+def check_layout(layout: str, layouts: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
+    """The layouts in which an op's rows are held and computed, of the names that it takes."""
+    if not isinstance(layout, str) or layout not in layouts:
+        names = " or ".join(map(repr, layouts))
+        raise ValueError(f"layout must be {names}, got {layout!r}.")
+    return layouts[layout]
 
 
 def check_branches(

@@ -26,6 +26,7 @@ from nnscaler_ring.core.plan.heads import Heads
 from nnscaler_ring.core.ranks.agreement import agree, refusing_together
 from nnscaler_ring.core.ranks.groups import Place, find_place
 from nnscaler_ring.core.ranks.transport import Message, Transport, connect
+from nnscaler_ring.core.scores.dropout import agreed_seed
 
 HEADS_SCHEMA = (
     "(Tensor x, int row_dim, int head_dim, str op, str group, str shares, SymInt[] row_lens, "
@@ -47,6 +48,15 @@ class HeadsCall:
     device_type: str
     shares: str
     to_rows: bool
+
+
+@dataclass(frozen=True)
+class SeedCall:
+    """One choice of a dropout seed, the same on all ranks of the row."""
+
+    op: str
+    block_order: tuple[int, ...]
+    must_be_same: bool
 
 
 def share_text(shares: Sequence[Heads]) -> str:
@@ -165,3 +175,26 @@ def _heads_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 exchange_heads_op.register_autograd(_heads_gradient, setup_context=_save_heads)
+
+
+@torch.library.custom_op(
+    "nnscaler_ring::row_seed",
+    mutates_args=(),
+    schema="(Tensor seed, str op, str group, bool must_be_same) -> Tensor",
+)
+def row_seed_op(seed: Tensor, op: str, group: str, must_be_same: bool) -> Tensor:
+    """The dropout seed of the first rank of a row, for all of them."""
+    place = find_place(group)
+    call = SeedCall(op, place.members, must_be_same)
+    entered = agree(group, call, op, lambda: describe(call), tag=tag_of(call))
+    connect(group, seed.device)
+    with entered:
+        transport = transport_of(place, entered)
+        agreed = agreed_seed(seed, transport, seed.device, must_be_same=must_be_same)
+    assert agreed is not None, seed
+    return agreed.clone()
+
+
+@row_seed_op.register_fake
+def _(seed: Tensor, op: str, group: str, must_be_same: bool) -> Tensor:
+    return torch.empty_like(seed)

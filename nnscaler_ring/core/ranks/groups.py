@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from numbers import Real
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -160,18 +160,53 @@ def group_string(process_group: ProcessGroupLike | None) -> str:
     return _string_of_ranks(*[operator.index(rank) for rank in ranks])
 
 
+def mesh_strings(process_group: ProcessGroupLike | None) -> tuple[str, str]:
+    """(row, column): the strings of the groups that share the heads and the sequence.
+
+    A two-dimensional DeviceMesh has both; of any other group the row is ALONE. A dimension of one
+    rank is ALONE too.
+
+    Raises:
+        As `group_string`.
+    """
+    if getattr(process_group, "ndim", None) != 2:
+        return ALONE, group_string(process_group)
+    mesh = cast("DeviceMesh", process_group)
+    _check_holds_this_rank(mesh)
+    return _strings_of_two_dimensions(mesh)
+
+
+def _strings_of_two_dimensions(mesh: DeviceMesh) -> tuple[str, str]:
+    column, row = (
+        ALONE if mesh.size(dim) == 1 else cast(str, mesh.get_group(dim).group_name)
+        for dim in (0, 1)
+    )
+    return row, column
+
+
+def mesh_place(row: str, column: str) -> tuple[int, int, int, int]:
+    """(rows, columns, this rank's row, its column) of the mesh that has these groups."""
+    heads, sequence = find_place(row), find_place(column)
+    return sequence.world_size, heads.world_size, sequence.block, heads.block
+
+
 def _string_of_mesh(mesh: DeviceMesh) -> str:
     if mesh.ndim != 1:
         raise ValueError(
-            f"process_group as a DeviceMesh must have one dimension, got {mesh}; "
-            "pass mesh['name_of_the_sequence_dimension']."
+            f"process_group as a DeviceMesh must have one dimension here, got {mesh}; "
+            "pass mesh['name_of_the_sequence_dimension']. Of ring, zigzag and packed attention it "
+            "may have two, (sequence, heads)."
         )
+    _check_holds_this_rank(mesh)
+    return cast(str, mesh.get_group().group_name)
+
+
+def _check_holds_this_rank(mesh: DeviceMesh) -> None:
     if not torch.compiler.is_compiling() and mesh.get_coordinate() is None:
         raise ValueError(
             f"process_group must hold this rank, {dist.get_rank()}, got {mesh}; "
             "call the op on the ranks of its group only."
         )
-    return cast(str, mesh.get_group().group_name)
 
 
 def _string_of_ranks(*ranks: int) -> str:
@@ -198,7 +233,9 @@ def _string_of_ranks(*ranks: int) -> str:
 
 # What torch.compiler.assume_constant_result sets: under torch.compile the group is made while
 # tracing. The decorator itself would import all of torch._dynamo, a second of every start.
-_string_of_ranks._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_CONSTANT: list[Any] = [_string_of_ranks, _strings_of_two_dimensions, mesh_place]
+for _function in _CONSTANT:
+    _function._dynamo_marked_constant = True
 
 
 def _check_ranks(ranks: tuple[int, ...]) -> None:
@@ -404,8 +441,11 @@ def traffic(process_group: ProcessGroupLike | None = None) -> Traffic:
 
     Take a reading before and one after, and subtract. All zeros for `None`.
     """
-    string = group_string(process_group)
-    return Traffic() if string == ALONE else group_state(string).traffic.copy()
+    found = Traffic()
+    for string in mesh_strings(process_group):
+        if string != ALONE:
+            found = found - (Traffic() - group_state(string).traffic)
+    return found
 
 
 def set_agreement_timeout(process_group: ProcessGroupLike, seconds: float) -> None:
