@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 COMPARED = (
     *("deepseek_v3", "gemma2", "gemma3_text", "glm4_moe", "gpt2", "gpt_oss", "llama"),
     *("llama4_text", "mistral", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"),
+    *("apertus", "arcee", "bitnet", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "glm"),
+    *("glm4", "gpt_bigcode", "gpt_neox", "granite", "granitemoe", "helium", "hunyuan_v1_dense"),
+    *("hunyuan_v1_moe", "ministral", "mixtral", "olmo", "olmo2", "olmoe", "persimmon", "phi"),
+    *("seed_oss", "starcoder2", "vaultgemma"),
 )
 """The `model_type` of architectures that the tests compare with the unsharded model."""
 
@@ -29,7 +33,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 KEYWORDS = (
     *("dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids"),
-    *("cache_position", "output_attentions", "use_cache"),
+    *("attention_mask", "cache_position", "output_attentions", "use_cache"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
 )
 """What an attention module may pass by name; anything else could change its result."""

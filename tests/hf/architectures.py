@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 OLD = int(transformers.__version__.split(".")[0]) < 5
 VOCABULARY = 97
@@ -187,6 +189,27 @@ ARCHITECTURES: dict[str, Architecture] = {
         since_5=True,
     ),
 }
+
+NO_DROPOUT: dict[str, Any] = {
+    **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    **{"hidden_dropout": 0.0, "embedding_dropout": 0.0, "residual_dropout": 0.0},
+}
+# For which no option is needed but that nothing is random; by model_type.
+PLAIN = [
+    *("apertus", "arcee", "bitnet", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "glm"),
+    *("glm4", "gpt_bigcode", "gpt_neox", "granite", "granitemoe", "helium", "hunyuan_v1_dense"),
+    *("hunyuan_v1_moe", "ministral", "mixtral", "olmo", "olmo2", "olmoe", "persimmon", "phi"),
+    *("seed_oss", "starcoder2", "vaultgemma"),
+]
+ARCHITECTURES.update(
+    {
+        kind: Architecture(
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind], CONFIG_MAPPING_NAMES[kind], NO_DROPOUT
+        )
+        for kind in PLAIN
+        if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    }
+)
 
 REFUSED: dict[str, tuple[Architecture, str]] = {
     "qwen3_next": (

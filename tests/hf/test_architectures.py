@@ -4,7 +4,7 @@ import pytest
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: the hf extra")
 
-from tests.hf.architectures import ARCHITECTURES  # noqa: E402
+from tests.hf.architectures import ARCHITECTURES, PLAIN  # noqa: E402
 from tests.hf.comparison import compare  # noqa: E402
 
 TIMEOUT = 240  # seconds: a rank's first call imports transformers
@@ -13,6 +13,7 @@ LIMIT = 1e-10  # see FLOAT64_ABSOLUTE in tests/tolerances.py; what was seen is 1
 CASES = [
     (name, case, layout)
     for name in ARCHITECTURES
+    if name not in PLAIN
     for case, layout in (
         *(("dense", "zigzag"), ("dense", "contiguous")),
         *(("padded", "zigzag"), ("packed", "zigzag")),
@@ -47,6 +48,13 @@ def test_equals_the_unsharded_model(pool, name, case, layout):
 @pytest.mark.parametrize(("name", "case", "layout"), CASES)
 def test_every_architecture(pool, world_size, name, case, layout):
     check(pool, world_size, name, case, layout)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", ["dense", "packed"])
+@pytest.mark.parametrize("name", [name for name in PLAIN if name in ARCHITECTURES])
+def test_plain_architectures(pool, name, case):
+    check(pool, 2, name, case, "zigzag")
 
 
 def test_one_token_for_each_rank(pool):
