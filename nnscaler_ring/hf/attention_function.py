@@ -119,6 +119,7 @@ def ring_attention(
         "shard_lens": ring_sharding.shard_lens,
     }
     if ring_sharding.cu_seqlens is not None:
+        options["layout"] = ring_sharding.layout
         return _packed(q, k, v, ring_sharding.cu_seqlens, options), None
     if ring_sharding.layout == "zigzag":
         return wrap_zigzag_attn_func(q, k, v, layout="zigzag", **options), None  # type: ignore[return-value]

@@ -119,6 +119,13 @@ def _sharding(
             "masks do not take an empty shard; pad on the right, or use fewer ranks."
         )
     documents = None if cu_seqlens is None else cu_seqlens[0]
+    if name == "folded" and cu_seqlens is not None and cu_seqlens != [documents] * len(cu_seqlens):
+        raise ValueError(
+            "batch must hold one packed sequence, or the same documents in every row, with "
+            f"packed_layout='folded', got {len(cu_seqlens)} rows with documents of their own, "
+            "whose tokens would go to different ranks. Pack them into one row "
+            "(DataCollatorWithFlattening), or use packed_layout='contiguous'."
+        )
     layout = LAYOUTS[name].for_shards(even_lens(total, ranks), documents)
     return Sharding(
         layout=name,

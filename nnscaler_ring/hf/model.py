@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 LAYOUTS = ("zigzag", "contiguous")
-PACKED_LAYOUTS = ("contiguous",)
+PACKED_LAYOUTS = ("contiguous", "folded")
 
 WATCH = "nnscaler_ring_watch"
 """The attribute of a prepared model that holds its Watch."""
@@ -61,7 +61,8 @@ def apply_ring_attention(
             block order, a ProcessGroup, or a one-dimensional DeviceMesh.
         layout: which rows of a sequence a rank holds: "zigzag" balances causal work, "contiguous"
             is one run of tokens.
-        packed_layout: the same for packed batches: "contiguous".
+        packed_layout: the same for packed batches: "contiguous", or "folded", which gives every
+            rank as many tokens and as much causal work, for one packed sequence at a time.
         exchange: how keys travel; see `wrap_ring_attn_func`.
 
     Returns:

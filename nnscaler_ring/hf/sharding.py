@@ -50,7 +50,7 @@ class Sharding:
     that it is still there when gradient checkpointing runs a layer again.
 
     Args:
-        layout: "contiguous" or "zigzag".
+        layout: "contiguous", "zigzag" or "folded".
         shard_lens: tokens of every rank of the group, in block order.
         rows: int64 [tokens of this rank], on the CPU: where they stand in the whole sequence.
         cu_seqlens: for packed sequences, one tensor per batch row, int32 on the CPU: where its

@@ -43,6 +43,10 @@ def test_equals_the_unsharded_model(pool, name, case, layout):
     check(pool, 3, name, case, layout)
 
 
+def test_folded_documents(pool):
+    check(pool, 3, "gpt_oss", "packed", "zigzag", packed_layout="folded")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize(("name", "case", "layout"), CASES)
