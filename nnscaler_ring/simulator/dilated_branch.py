@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nnscaler_ring.core.plan.span import Span
+from nnscaler_ring.core.plan.span import InSpans, Span
 
 
 @dataclass(frozen=True)
-class DilatedBranch:
+class DilatedBranch(InSpans):
     """Every `dilation`-th token of each segment, over contiguous shards of equal length.
 
     Tokens of the branch see each other within a segment; `Span.document` is the segment. A rank's

@@ -309,7 +309,8 @@ def _leading_to(actions: Sequence[Action], place: int) -> list[Action]:
 class _Collectives:
     """Gathered keys and scattered gradients of a rank, in the order of its collectives.
 
-    gloo's reduce-scatter sums a rank's part along its ring: the rank before it first, itself last.
+    A rank's part is summed over all ranks at once, in block order, as `Transport.reduce_scatter` does
+    where messages have tags.
     """
 
     def __init__(self, rank: int, peers: Peers) -> None:
@@ -347,11 +348,11 @@ class _Collectives:
 
                 peer = (self._rank - distance) % ranks
                 self._parts.append(self._peers.scattered(peer, self._rank, gathered))
-        own = x.view(ranks, -1)[self._rank]
-        total = torch.zeros_like(own)
-        for number, parts in enumerate(self._parts):
-            total = parts[which].clone() if number == 0 else total.add_(parts[which])
-        output.copy_(total.add_(own))
+        shares = torch.empty_like(x.view(ranks, -1))
+        shares[self._rank] = x.view(ranks, -1)[self._rank]
+        for distance, parts in enumerate(self._parts, start=1):
+            shares[(self._rank - distance) % ranks] = parts[which]
+        output.copy_(shares.sum(0))
 
 
 def _by_source(rows: KeyRows) -> Iterator[tuple[int, Rows]]:

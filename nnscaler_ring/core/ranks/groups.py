@@ -169,7 +169,8 @@ def mesh_strings(process_group: ProcessGroupLike | None) -> tuple[str, str]:
     Raises:
         As `group_string`.
     """
-    if getattr(process_group, "ndim", None) != 2:
+    # Dynamo knows no further attribute of a ProcessGroup.
+    if isinstance(process_group, dist.ProcessGroup) or getattr(process_group, "ndim", None) != 2:
         return ALONE, group_string(process_group)
     mesh = cast("DeviceMesh", process_group)
     _check_holds_this_rank(mesh)

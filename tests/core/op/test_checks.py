@@ -342,8 +342,14 @@ OPTIONS = {
         ValueError,
         r"layout must be 'contiguous' or 'zigzag', got \['zigzag'\]",
     ),
+    "layout that packed rows do not have": Wrong(
+        (VARLEN,),
+        given(layout="zigzag"),
+        ValueError,
+        "layout must be 'contiguous' or 'folded' or 'contiguous, folded', got 'zigzag'",
+    ),
     "layout where there is none": Wrong(
-        (RING, VARLEN),
+        (RING,),
         given(layout="zigzag"),
         TypeError,
         "attn.*_func.. got an unexpected keyword argument 'layout'",

@@ -82,10 +82,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: DeviceMesh("cpu", [0, 1], _init_backend=False),
         "ValueError: process_group must hold this rank, 2, got DeviceMesh",
     ),
-    "a mesh of two dimensions": (
-        lambda: DeviceMesh("cpu", [[0, 1], [2, 3]], _init_backend=False),
-        "ValueError: process_group as a DeviceMesh must have one dimension, got DeviceMesh.*; pass "
-        r"mesh\['name_of_the_sequence_dimension'\]",
+    "a mesh of three dimensions": (
+        lambda: DeviceMesh("cpu", [[[0], [1]], [[2], [3]]], _init_backend=False),
+        "ValueError: process_group as a DeviceMesh must have one dimension here, got DeviceMesh.*; "
+        r"pass mesh\['name_of_the_sequence_dimension'\]",
     ),
 }
 
