@@ -38,7 +38,7 @@ from nnscaler_ring.simulator import (
     WholeInputs,
 )
 from nnscaler_ring.simulator.cluster import load_cluster
-from nnscaler_ring.simulator.memory import KernelTraits
+from nnscaler_ring.simulator.memory import traits_of
 from nnscaler_ring.simulator.timeline import simulate_timeline
 from nnscaler_ring.tools.commands import commands
 from tests.core import test_message_lifetimes, test_programs
@@ -195,9 +195,9 @@ def check_memory(variant: str) -> None:
 
 
 def check_timeline(variant: str) -> None:
-
     call = call_of(variant, 12_288, Sizes(32, 8, 128, 128, "bfloat16"))
-    ranks = simulate_timeline(call, load_cluster("h200"), KernelTraits(), backward=True).ranks
+    traits = traits_of(select_kernel(call.kernel, PROBLEM))
+    ranks = simulate_timeline(call, load_cluster("h200"), traits, backward=True).ranks
     assert all(rank.seconds("compute") > 0 and rank.seconds("transfer") > 0 for rank in ranks)
 
 
