@@ -503,4 +503,6 @@ def test_planning_grows_with_ranks_and_documents_per_rank(counters, name, tokens
     direct(schedule, rank, Cut(tokens // ranks // 4, tokens // ranks // 8))
     calls = {what: counter.calls for what, counter in counters.items()}
     for what, count in calls.items():
-        assert 0 < count <= 2 * (spans + ranks), (what, calls, spans)
+        # Tiles are cut, and trimmed again, only where a pair has several messages.
+        least = 0 if what == "tile.trim" else 1
+        assert least <= count <= 2 * (spans + ranks), (what, calls, spans)
