@@ -56,3 +56,15 @@ def pool() -> Iterator[RankPool]:
     ranks = RankPool()
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="module")
+def four_ranks(pool: RankPool) -> RankPool:
+    """A pool of four fresh ranks, for meshes.
+
+    torch makes the groups of a mesh with the whole world and numbers them by how many a rank has
+    made before, which in a used pool differs from rank to rank.
+    """
+    pool.close()
+    pool.size = 4
+    return pool

@@ -50,10 +50,10 @@ def on_mesh(
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_options_masks_layouts_and_exchanges(pool: RankPool, shape: tuple[int, int]) -> None:
+def test_options_masks_layouts_and_exchanges(four_ranks: RankPool, shape: tuple[int, int]) -> None:
     contracts = contracts_for(shape[1])
     assert {contract.case.op for contract in contracts} == {"ring", "zigzag", "varlen"}
-    shards = pool.run(4, on_mesh, shape, contracts, timeout=300)
+    shards = four_ranks.run(4, on_mesh, shape, contracts, timeout=300)
     for number, contract in enumerate(contracts):
         compare(contract, [shard[number] for shard in shards])
 
@@ -92,12 +92,12 @@ def in_balanced_order(ranks: list[int], shape: tuple[int, int], packed: bool) ->
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_held_in_balanced_order(pool: RankPool, shape: tuple[int, int], packed: bool) -> None:
+def test_held_in_balanced_order(four_ranks: RankPool, shape: tuple[int, int], packed: bool) -> None:
     bounds = torch.tensor(BOUNDS) if packed else None
     out, _, *gradients = dense_gradients(
         *inputs(packed), causal=True, window_size=(-1, -1), cu_seqlens_q=bounds, cu_seqlens_k=bounds
     )
-    shards = pool.run(4, in_balanced_order, shape, packed)
+    shards = four_ranks.run(4, in_balanced_order, shape, packed)
     assert torch.cat([shard[0] for shard in shards]).sort().values.equal(torch.arange(BOUNDS[-1]))
     for block, (rows, *found) in enumerate(shards):
         for name, actual, dense in zip(NAMES, found, (out, *gradients), strict=True):
@@ -126,8 +126,8 @@ def errors(ranks: list[int]) -> list[str]:
     return found
 
 
-def test_mistakes_are_named(pool: RankPool) -> None:
-    for found in pool.run(4, errors):
+def test_mistakes_are_named(four_ranks: RankPool) -> None:
+    for found in four_ranks.run(4, errors):
         for text, wanted in zip(
             found,
             (
@@ -153,10 +153,10 @@ def bytes_sent(ranks: list[int], tokens: int, heads: tuple[int, int]) -> tuple[i
     return counted[0], counted[1]
 
 
-def test_heads_move_fewer_bytes_than_a_ring(pool: RankPool) -> None:
+def test_heads_move_fewer_bytes_than_a_ring(four_ranks: RankPool) -> None:
     """Per rank (N-1)/N of q, k, v and the result; in a ring N-1 shards of k and v."""
     tokens, head_bytes, ranks = 6, 4 * 4, 4
-    for row, ring in pool.run(ranks, bytes_sent, tokens, (8, 8)):
+    for row, ring in four_ranks.run(ranks, bytes_sent, tokens, (8, 8)):
         assert ring == (ranks - 1) * tokens * 2 * 8 * head_bytes
         assert row == (ranks - 1) * tokens * 4 * 2 * head_bytes
         assert row == ring // 2
@@ -177,5 +177,5 @@ def compiled(ranks: list[int]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(wanted, found, strict=True))
 
 
-def test_compiles_as_one_graph(pool: RankPool) -> None:
-    assert pool.run(4, compiled, timeout=240) == [0.0] * 4
+def test_compiles_as_one_graph(four_ranks: RankPool) -> None:
+    assert four_ranks.run(4, compiled, timeout=240) == [0.0] * 4

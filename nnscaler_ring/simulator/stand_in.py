@@ -309,8 +309,8 @@ def _leading_to(actions: Sequence[Action], place: int) -> list[Action]:
 class _Collectives:
     """Gathered keys and scattered gradients of a rank, in the order of its collectives.
 
-    A rank's part is summed over all ranks at once, in block order, as `Transport.reduce_scatter` does
-    where messages have tags.
+    A rank's part is summed over all ranks at once, in block order, as `Transport.reduce_scatter`
+    does where messages have tags.
     """
 
     def __init__(self, rank: int, peers: Peers) -> None:

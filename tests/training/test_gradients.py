@@ -160,15 +160,6 @@ def refusals(ranks):
     return told
 
 
-@pytest.fixture
-def four_ranks(pool):
-    """A pool whose world is the four ranks: meshes are made by the whole world."""
-    if pool.size != 4:
-        pool.close()
-        pool.size = 4
-    return pool
-
-
 def test_refused_in_words_on_every_rank(four_ranks):
     told = four_ranks.run(4, refusals)
     assert told[0] == told[1] == told[3]
