@@ -27,7 +27,7 @@ from tests.ranks import run_fresh
 
 RING, ZIGZAG, VARLEN = wrap_ring_attn_func, wrap_zigzag_attn_func, wrap_ring_attn_varlen_func
 
-GROUP_SECONDS = 3.0
+GROUP_SECONDS = 5.0
 VICTIM = 1
 SILENT = (("direct", "forward"), ("direct", "backward"), ("ring", "backward"))
 WAYS = {  # public function, exchange
