@@ -100,7 +100,9 @@ def assert_near(found, expected):
 def test_autocast_on_one_device(name):
     exact, gradients = train(None, name, False)
     loss, found = train(None, name, True)
-    assert loss != exact and abs(loss - exact) <= 0.05 * abs(exact)
+    assert abs(loss - exact) <= 0.05 * abs(exact)
+    # The loss after a layer norm may be the same, whatever comes before it.
+    assert any(not torch.equal(gradient, gradients[name]) for name, gradient in found.items())
     assert_near(found, gradients)
 
 

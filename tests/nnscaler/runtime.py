@@ -22,8 +22,11 @@ def nnscaler_ranks() -> Iterator[Any]:
     os.environ.update(torchrun_environment(dist.get_rank(), dist.get_world_size()))
     with nnscaler_on_cpu():
         import nnscaler
+        from nnscaler.flags import RuntimeFlag
 
         nnscaler.init()
+        # A rank of the pool may have built an optimizer before, after which reducers wait for it.
+        RuntimeFlag.skip_reducer = RuntimeFlag.skip_zero_grad = False
         yield nnscaler
 
 
