@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,6 +66,17 @@ def comparison_name(index: int) -> str:
     return f"{PREFIX}comparison/{index}/"
 
 
+def _nnscaler_is_tracing() -> bool:
+    """Whether nnScaler traces a model in this process.
+
+    Meanwhile it replaces Python's own functions for all threads, and what a second thread calls may
+    end that too early for the first: the watch does nothing until it is over.
+    """
+    patcher = sys.modules.get("nnscaler.graph.tracer.operator_patcher")
+    context = getattr(patcher, "OperatorPatcherContext", None)
+    return context is not None and context.ctx_tracer is not None
+
+
 class Watch:
     """Watches the calls of one group on this rank. `lost`: ranks known to be lost, in any group."""
 
@@ -85,6 +97,8 @@ class Watch:
     def _run(self) -> None:
         while self.calls.failure is None:
             time.sleep(self.calls.bounds.beat)
+            if _nnscaler_is_tracing():
+                continue
             group = self._group()
             if group is None or group not in c10d._world.pg_map:
                 return
