@@ -19,7 +19,6 @@ from nnscaler_ring.core.plan.layout import LAYOUTS
 from nnscaler_ring.core.ranks.agreement import refusing_together
 from nnscaler_ring.core.ranks.groups import (
     ALONE,
-    block_and_world_size,
     group_string,
     mesh_place,
     mesh_strings,
@@ -185,7 +184,7 @@ def dilated_attention(
         offsets = checks.check_head_offsets(head_offsets, k.shape[-2])
         assert offsets.num_kv_heads is not None, offsets  # filled in there
         if shard_lens is not None:
-            _, world_size = block_and_world_size(group)
+            world_size, *_ = mesh_place(ALONE, group)
             shard_lens = checks.check_shard_lens("shard_lens", shard_lens, world_size)
     options = DilatedOptions(
         op=op,

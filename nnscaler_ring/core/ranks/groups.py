@@ -71,6 +71,11 @@ class Traffic:
             + self.partial_bytes
         )
 
+    def __add__(self, other: Traffic) -> Traffic:
+        """What was sent in both."""
+        names = [f.name for f in fields(self)]
+        return Traffic(*(getattr(self, name) + getattr(other, name) for name in names))
+
     def __sub__(self, earlier: Traffic) -> Traffic:
         """What was sent since an earlier reading."""
         names = [f.name for f in fields(self)]
@@ -186,7 +191,10 @@ def _strings_of_two_dimensions(mesh: DeviceMesh) -> tuple[str, str]:
 
 
 def mesh_place(row: str, column: str) -> tuple[int, int, int, int]:
-    """(rows, columns, this rank's row, its column) of the mesh that has these groups."""
+    """(rows, columns, this rank's row, its column) of the mesh that has these groups.
+
+    What `find_place` says of both, in integers, which torch.compile takes for constants.
+    """
     heads, sequence = find_place(row), find_place(column)
     return sequence.world_size, heads.world_size, sequence.block, heads.block
 
@@ -427,16 +435,6 @@ def find_place(string: str) -> Place:
     return Place(group, *places[string])
 
 
-def block_and_world_size(string: str) -> tuple[int, int]:
-    """What `find_place` says, in integers, which torch.compile takes for constants."""
-    place = find_place(string)
-    return place.block, place.world_size
-
-
-# As for _string_of_ranks.
-block_and_world_size._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def traffic(process_group: ProcessGroupLike | None = None) -> Traffic:
     """What this rank has sent over a group for attention since the group was made, in bytes.
 
@@ -445,7 +443,7 @@ def traffic(process_group: ProcessGroupLike | None = None) -> Traffic:
     found = Traffic()
     for string in mesh_strings(process_group):
         if string != ALONE:
-            found = found - (Traffic() - group_state(string).traffic)
+            found += group_state(string).traffic
     return found
 
 
